@@ -1,0 +1,60 @@
+# Every target makes .venv and installs what it needs, once; native sources are rebuilt when they changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+NATIVE := $(wildcard native/*)
+
+.PHONY: demo test fix check bench build clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.base
+	@echo "==> a real answer from SmolLM2-135M (fetched once), then its speed beside this machine's ceilings"
+	$(BIN)/miaotui run demo "What is the capital of France? Answer in one sentence." --max-tokens 48 --temperature 0 --stats
+	$(BIN)/miaotui bench demo --regimes start,prefill-512,decode-1@16,throughput-8 --repeat 3
+
+test: .venv/.dev .venv/.base
+	@echo "==> tests (CPU only)"
+	$(BIN)/python -m pytest
+
+fix: .venv/.dev
+	@echo "==> mend formatting and what ruff can mend"
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i native/*.cpp native/*.h
+
+check: .venv/.dev .venv/.base
+	@echo "==> lint, format, types, import rows"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror native/*.cpp native/*.h
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+
+bench: .venv/.base
+	@echo "==> every regime on the demo model; JSON in benchmarks/results/local/"
+	@mkdir -p benchmarks/results/local
+	$(BIN)/miaotui bench demo --json > benchmarks/results/local/demo.json
+	@echo "wrote benchmarks/results/local/demo.json"
+
+build: .venv/.base
+
+clean:
+	@echo "==> remove build trees and caches; .venv stays"
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/.tools: pyproject.toml constraints.txt
+	@echo "==> create .venv with the build tools ($(PYTHON))"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > .venv/build-requires.txt
+	$(PIP) install -c constraints.txt -r .venv/build-requires.txt
+	@touch $@
+
+.venv/.base: .venv/.tools CMakeLists.txt $(NATIVE)
+	@echo "==> install miaotui (editable) and compile its native kernels"
+	$(PIP) install --no-build-isolation -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/.base
+	@echo "==> install what tests and checks need (PyTorch, transformers, linters)"
+	$(PIP) install --no-build-isolation -c constraints.txt -e '.[reference,dev]'
+	@touch $@
