@@ -9,7 +9,7 @@ An op never knows which layer it is in; a prepared weight knows how it is coded 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -86,13 +86,25 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class NormWeight:
-    """RMSNorm (or LayerNorm when `kind` is "layer") with its weight as float32, any offset (Gemma's 1 + w) folded in."""
+    """RMSNorm, or LayerNorm when `kind` is "layer": weight as float32, any offset (Gemma's 1 + w) folded in."""
 
     weight: Any
     bias: Any | None
     eps: float
     width: int
     kind: Literal["rms", "layer"] = "rms"
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsWeight:
+    """A routed MLP (Shazeer et al. 2017; Mixtral): everything prepared by `prepare_linear`.
+
+    router `[experts, hidden]`; for each expert gate_up `[2·width, hidden]` and down `[hidden, width]`.
+    """
+
+    router: Any
+    gate_up: tuple[Any, ...]
+    down: tuple[Any, ...]
 
 
 class Ops(Protocol[B]):
@@ -149,12 +161,26 @@ class Ops(Protocol[B]):
         """The plain MLP's activation(x)."""
         ...
 
+    def experts(
+        self, x: B, weight: ExpertsWeight, activation: Activation, *, top_k: int, normalise: bool, add: B | None = None
+    ) -> B:
+        """Σ over each token's `top_k` experts of probability · down(activation(gate) · up), then `add` plus that.
+
+        Probabilities are the float32 softmax of the router's outputs over all experts; ties take the lower index;
+        with `normalise` those chosen are divided by their sum. The router's own product is never done with
+        quantised activations.
+        """
+        ...
+
     def select_rows(self, x: B) -> B:
         """The rows `step.logits_rows` of x; every later buffer has that many rows."""
         ...
 
     def logits(self, x: B, head: Any, *, scale: float = 1.0, softcap: float | None = None) -> B:
-        """`x @ head.T · scale` in float32 `[rows, vocabulary]`, soft-capped when asked."""
+        """`x @ head.T · scale` in float32 `[rows, vocabulary]`, soft-capped when asked.
+
+        head comes from `prepare_embedding` (tied) or `prepare_linear` (its own matrix).
+        """
         ...
 
 
@@ -192,4 +218,14 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free threads and memory. The executor cannot be used afterwards."""
+        ...
+
+
+class Backend(Protocol[B]):
+    """What `model.build` is given, for every device: ops to prepare weights with, then one executor made of them."""
+
+    ops: Ops[B]
+
+    def record(self, forward: Callable[[Ops[B]], B]) -> Executor:
+        """The executor whose steps run `forward`, which returns the logits buffer. Called once, after all weights."""
         ...
