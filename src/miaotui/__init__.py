@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miaotui.engine.llm import LLM
-    from miaotui.engine.request import RequestOutput, SamplingParams
+    from miaotui.engine.params import BeamSearchParams, SamplingParams, StructuredOutputs
+    from miaotui.engine.request import RequestOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "RequestOutput", "SamplingParams", "StructuredOutputs", "__version__"]
 
 _HOMES = {
     "LLM": "miaotui.engine.llm",
+    "BeamSearchParams": "miaotui.engine.params",
     "RequestOutput": "miaotui.engine.request",
-    "SamplingParams": "miaotui.engine.request",
+    "SamplingParams": "miaotui.engine.params",
+    "StructuredOutputs": "miaotui.engine.params",
 }
 
 

@@ -1,0 +1,76 @@
+"""The command line: a table of commands, each a module that is imported when it is called.
+
+Results go to stdout and everything else to stderr. Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+import miaotui
+from miaotui.errors import MiaotuiError
+
+COMMANDS = {
+    "run": "Answer one prompt.",
+    "chat": "Talk with a model.",
+    "pull": "Fetch a model, so that it can be used offline.",
+    "bench": "Measure speed by regime, beside this machine's ceilings.",
+    "doctor": "Look at this machine, and whether a model fits it.",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists COMMANDS without importing them; `miaotui.cli.<name>` has the command under the name `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"miaotui.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(miaotui.__version__, prog_name="miaotui")
+def program() -> None:
+    """Miaotui (秒推): language models answered from the machine you have.
+
+    MODEL is a folder, a .gguf file, a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct, or `demo`.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. `arguments` defaults to the process's own."""
+    try:
+        status = program.main(args=arguments, prog_name="miaotui", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except MiaotuiError as error:
+        click.echo(f"error: {error.message}\n{error.hint}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\ninterrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader has had enough (`| head`). Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Options that several commands share, and what becomes of them. Their names are the names of LLM's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from miaotui.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MODEL = click.argument("model")
+
+ENGINE = {
+    "compute": click.option(
+        "--compute", type=click.Choice(["auto", "fp32"]), default="auto", show_default=True,
+        help="auto: integer weights meet activations in int8; fp32: the exact path.",
+    ),
+    "kv_cache_dtype": click.option(
+        "--kv-cache-dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
+        help="How keys and values are kept.",
+    ),
+    "max_model_len": click.option(
+        "--max-model-len", type=click.IntRange(min=1), help="Tokens of prompt and answer.  [default: what fits]"
+    ),
+    "max_num_seqs": click.option("--max-num-seqs", type=click.IntRange(min=1), help="Sequences in one step."),
+    "max_num_batched_tokens": click.option(
+        "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens in one step."
+    ),
+    "threads": click.option(
+        "--threads", type=click.IntRange(min=1), help="Compute threads.  [default: one a physical core]"
+    ),
+    "device": click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to compute.",
+    ),
+}  # fmt: skip
+
+SAMPLING = {
+    "max_tokens": click.option("--max-tokens", type=int, default=512, show_default=True, help="New tokens at most."),
+    "temperature": click.option(
+        "--temperature", type=float, default=0.7, show_default=True, help="0 always takes the likeliest token."
+    ),
+    "top_p": click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling."),
+    "top_k": click.option("--top-k", type=int, default=0, show_default=True, help="Likeliest tokens kept; 0: all."),
+    "min_p": click.option(
+        "--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the likeliest."
+    ),
+    "seed": click.option("--seed", type=int, help="Same seed, same answer."),
+    "stop": click.option("--stop", multiple=True, help="End before this text. Can be given several times."),
+}
+
+
+def engine_options(function: F) -> F:
+    """Add the options of ENGINE to a command."""
+    return _add(function, ENGINE)
+
+
+def sampling_options(function: F) -> F:
+    """Add the options of SAMPLING to a command."""
+    return _add(function, SAMPLING)
+
+
+def _add(function: F, options: dict[str, Any]) -> F:
+    for option in reversed(options.values()):
+        function = option(function)
+    return function
+
+
+def take_engine(options: dict[str, Any]) -> dict[str, Any]:
+    """Take LLM's keyword arguments out of a command's options; those that were not given are left to LLM."""
+    return {name: value for name in ENGINE if (value := options.pop(name)) is not None}
+
+
+def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Take SamplingParams' fields out of a command's options."""
+    fields = {name: options.pop(name) for name in SAMPLING}
+    return {**fields, "stop": list(fields["stop"]) or None}
+
+
+def as_flags(engine: dict[str, Any]) -> list[str]:
+    """The command line's spelling of what `take_engine` gave."""
+    return [word for name, value in engine.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def split_names(text: str | None, what: str) -> list[str] | None:
+    """`a,b` as a list; None stays None. Raises UsageError when nothing is named."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"{what} names nothing.", "Give names with commas between them.")
+    return names

@@ -1,0 +1,59 @@
+"""A speed report for people: a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def table(report: dict[str, Any]) -> RenderableType:
+    """The report of `speed.run` as a table, with a line on the machine and one on the model."""
+    rows = Table(
+        "regime", "unit", *(("median", "95% interval", "p99", "ceiling", "of ceiling")), box=None, pad_edge=False
+    )
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for result in report["results"]:
+        interval = f"{number(result['low'])} – {number(result['high'])}"
+        ceiling = "" if result["ceiling"] is None else number(result["ceiling"])
+        median, p99 = number(result["median"]), number(result["p99"])
+        rows.add_row(result["regime"], result["unit"], median, interval, p99, ceiling, share(result))
+    return Group(*(Text(line) for line in heading(report)), rows)
+
+
+def heading(report: dict[str, Any]) -> list[str]:
+    """What was measured, on what."""
+    machine, model, limits = report["machine"], report["model"], report["machine"]["ceilings"]
+    arithmetic = f"int8 {limits['int8'] / 1e12:.2f} TOPS" if model["integer"] else ""
+    lines = [
+        f"{model['name']} ({model['family']}, {model['weight_bytes'] / 1e6:.1f} MB of weights read a step)",
+        f"{machine['cpu']}, {limits['threads']} threads, {machine['isa_level']}; measured: "
+        + ", ".join(
+            part
+            for part in (
+                f"{limits['bandwidth'] / 1e9:.1f} GB/s over {limits['working_set'] / 1e6:.0f} MB",
+                arithmetic,
+                f"float32 {limits['fp32'] / 1e12:.2f} TFLOP/s",
+            )
+            if part
+        ),
+    ]
+    if machine["disturbance"]["others"] >= 0.15:
+        lines.append(f"disturbed: other processes used {machine['disturbance']['others']:.1f} cores meanwhile")
+    return lines
+
+
+def share(result: dict[str, Any]) -> str:
+    """How near the median is to the ceiling, as a percentage; empty without a ceiling."""
+    if result["ceiling"] is None:
+        return ""
+    reached = result["median"] / result["ceiling"]
+    return f"{100 * (reached if result['better'] == 'higher' else 1 / reached):.0f}%"
+
+
+def number(value: float) -> str:
+    """Three digits that matter."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

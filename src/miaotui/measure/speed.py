@@ -1,0 +1,271 @@
+"""`miaotui bench`: speed by regime, each figure with its interval and beside the machine's measured ceiling.
+
+Regimes are measured in rounds, one sample of each a round, so that a machine that drifts drifts for all of them.
+Prompts are random tokens, never the same twice, so that no cached prefix helps.
+
+| regime | unit | what one sample is |
+|---|---|---|
+| start | s | a new process: from its start to the first text of `miaotui run MODEL hi` on stdout |
+| peak-memory | MB | a new process: its peak resident memory after answering, 10⁶ bytes |
+| load | s | `LLM(MODEL)` in a warm process, until it can take requests |
+| prefill-512 | tokens/s | 512 prompt tokens ÷ time to the first new token |
+| decode-1@C | tokens/s | one new token at batch 1, 1 ÷ the time since the one before, from context C on |
+| throughput-N | tokens/s | N requests at once, 128 tokens in and 128 out: new tokens ÷ wall time |
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from miaotui.engine.llm import LLM
+from miaotui.engine.params import SamplingParams
+from miaotui.errors import MiaotuiError, ResourceError, UsageError
+from miaotui.hardware import ceilings, detect, sensors
+from miaotui.hardware.ceilings import Ceilings, Probes
+from miaotui.measure.stats import summarise
+from miaotui.measure.work import Cost
+
+DECODE_TOKENS = 32
+"""New tokens of one decode run, each of them a sample."""
+REQUEST = 128
+"""Tokens in and tokens out of a throughput request."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is loaded: `options` are the keyword arguments of LLM, `flags` the same for the command line."""
+
+    model: str
+    options: Mapping[str, Any]
+    flags: Sequence[str]
+
+
+class Subject:
+    """The loaded model under measurement, and a source of prompts that were never seen before."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.llm = LLM(settings.model, **settings.options, enable_prefix_caching=False)
+        executor = self.llm.engine.executor
+        compute = settings.options.get("compute", "auto")
+        self.cost = Cost.of(self.llm.spec, executor.weight_bytes, executor.block_bytes, compute)
+        self._random = np.random.default_rng(20240229)
+
+    def prompt(self, tokens: int) -> dict[str, list[int]]:
+        """A prompt of that many random tokens."""
+        return {"prompt_token_ids": self._random.integers(0, self.cost.spec.vocab_size, tokens).tolist()}
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+@dataclass(frozen=True)
+class Regime:
+    """`sample` takes samples; `ceiling` is the best this machine could do, in the same unit, or None."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    sample: Callable[[Subject], list[float]]
+    ceiling: Callable[[Cost, Ceilings], float | None]
+
+
+def regimes() -> dict[str, Regime]:
+    """Every regime by name, in the order in which they are reported."""
+    table = [
+        Regime("start", "s", False, _start, lambda cost, limits: None),
+        Regime("load", "s", False, _load, lambda cost, limits: cost.weight_bytes / limits.bandwidth),
+        Regime("peak-memory", "MB", False, _peak_memory, lambda cost, limits: cost.weight_bytes / 1e6),
+        Regime("prefill-512", "tokens/s", True, _prefill, _prefill_ceiling),
+        *(_decode_regime(context) for context in (16, 512)),
+        *(_throughput_regime(requests) for requests in (8, 64)),
+    ]
+    return {regime.name: regime for regime in table}
+
+
+def run(
+    settings: Settings,
+    probes: Probes,
+    *,
+    names: Sequence[str] | None = None,
+    repeat: int = 5,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure and return the report: `{"machine", "model", "results"}` as `miaotui bench --json` prints it.
+
+    `tell` is called with a line for people at each stage, and with "" at the end.
+    Raises UsageError for an unknown regime.
+    """
+    chosen = select(names)
+    machine = detect.detect()
+    watch = sensors.Watch()
+    tell("loading the model")
+    subject = Subject(settings)
+    try:
+        tell("measuring this machine's ceilings")
+        limits = ceilings.measure(probes, _threads(settings), subject.cost.weight_bytes)
+        samples: dict[str, list[float]] = {regime.name: [] for regime in chosen}
+        for round_number in range(repeat + 1):
+            for regime in chosen:
+                tell(f"round {round_number}/{repeat}: {regime.name}" if round_number else f"warm-up: {regime.name}")
+                taken = regime.sample(subject)
+                if round_number:
+                    samples[regime.name] += taken
+        results = [_result(regime, samples[regime.name], subject.cost, limits) for regime in chosen]
+        model = _describe(subject)
+    finally:
+        tell("")
+        subject.close()
+    disturbance = watch.read()
+    return {
+        "machine": {**machine.as_dict(), "ceilings": asdict(limits), "disturbance": asdict(disturbance)},
+        "model": model,
+        "results": results,
+    }
+
+
+def select(names: Sequence[str] | None) -> list[Regime]:
+    """The regimes of these names; all when None."""
+    table = regimes()
+    unknown = [name for name in names or () if name not in table]
+    if unknown:
+        raise UsageError(f"There is no regime called {unknown[0]!r}.", f"Choose from {', '.join(table)}.")
+    return [table[name] for name in names] if names else list(table.values())
+
+
+def _result(regime: Regime, samples: list[float], cost: Cost, limits: Ceilings) -> dict[str, Any]:
+    figure = summarise(samples, higher_is_better=regime.higher_is_better)
+    better = "higher" if regime.higher_is_better else "lower"
+    counted = {"ceiling": regime.ceiling(cost, limits), "samples": len(samples), "better": better}
+    return {"regime": regime.name, "unit": regime.unit, **asdict(figure), **counted}
+
+
+def _describe(subject: Subject) -> dict[str, Any]:
+    cost, settings = subject.cost, subject.settings
+    return {
+        "name": settings.model,
+        "family": cost.spec.family,
+        "options": dict(settings.options),
+        "weight_bytes": cost.weight_bytes,
+        "cache_bytes_per_token": cost.cache_bytes,
+        "integer": cost.integer,
+    }
+
+
+def _threads(settings: Settings) -> int:
+    return settings.options.get("threads") or detect.usable_cores()
+
+
+# -- new processes ---------------------------------------------------------------------------------------
+
+
+def _start(subject: Subject) -> list[float]:
+    flags = ["--max-tokens", "8", "--temperature", "0"]
+    started = time.perf_counter()
+    with _spawn(subject.settings, "hi", flags, bufsize=0) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    _check(process.returncode, first)
+    return [seconds]
+
+
+def _peak_memory(subject: Subject) -> list[float]:
+    question = "Write a list of one hundred animals, one on each line. " * 20
+    with _spawn(subject.settings, question, ["--max-tokens", "32", "--temperature", "0", "--json"]) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+    _check(process.returncode, output)
+    return [json.loads(output)["peak_memory_bytes"] / 1e6]
+
+
+def _spawn(settings: Settings, prompt: str, flags: Sequence[str], bufsize: int = -1) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "miaotui.cli.main", "run", settings.model, prompt, *flags, *settings.flags]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=bufsize, env=os.environ)
+
+
+def _check(status: int, output: bytes) -> None:
+    if status != 0 or not output:
+        raise MiaotuiError(
+            f"A fresh `miaotui run` ended with status {status} and no answer.", "Its own message is above."
+        )
+
+
+# -- in this process -------------------------------------------------------------------------------------
+
+
+def _load(subject: Subject) -> list[float]:
+    started = time.perf_counter()
+    llm = LLM(subject.settings.model, **subject.settings.options)
+    seconds = time.perf_counter() - started
+    llm.close()
+    return [seconds]
+
+
+def _params(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+
+def _arrivals(subject: Subject, prompt_tokens: int, new_tokens: int) -> list[tuple[float, int]]:
+    """Seconds since the request and tokens in all, at each output of a stream."""
+    started, count, arrivals = time.perf_counter(), 0, []
+    for output in subject.llm.stream(subject.prompt(prompt_tokens), _params(new_tokens)):
+        count += sum(len(completion.token_ids) for completion in output.outputs)
+        arrivals.append((time.perf_counter() - started, count))
+    return arrivals
+
+
+def _prefill(subject: Subject) -> list[float]:
+    seconds, _ = _arrivals(subject, 512, 1)[0]
+    return [512 / seconds]
+
+
+def _prefill_ceiling(cost: Cost, limits: Ceilings) -> float:
+    return 512 / cost.seconds(cost.step([512], new_tokens=512), limits)
+
+
+def _decode_regime(context: int) -> Regime:
+    def sample(subject: Subject) -> list[float]:
+        arrivals = _arrivals(subject, context, DECODE_TOKENS + 1)
+        pairs = itertools.pairwise(arrivals)
+        return [(count - before) / (now - then) for (then, before), (now, count) in pairs if count > before]
+
+    def ceiling(cost: Cost, limits: Ceilings) -> float:
+        return 1 / cost.seconds(cost.step([context + DECODE_TOKENS // 2]), limits)
+
+    return Regime(f"decode-1@{context}", "tokens/s", True, sample, ceiling)
+
+
+def _throughput_regime(requests: int) -> Regime:
+    def sample(subject: Subject) -> list[float]:
+        prompts = [subject.prompt(REQUEST) for _ in range(requests)]
+        started = time.perf_counter()
+        outputs = subject.llm.generate(prompts, _params(REQUEST))
+        seconds = time.perf_counter() - started
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        if tokens != requests * REQUEST:
+            raise ResourceError(
+                f"{requests} requests of {2 * REQUEST} tokens gave {tokens} of {requests * REQUEST} tokens.",
+                "Raise --max-model-len, or leave this regime out with --regimes.",
+            )
+        return [tokens / seconds]
+
+    def ceiling(cost: Cost, limits: Ceilings) -> float:
+        """All prompts in one step, then steps of all sequences; the first new token comes with the prompts."""
+        seconds = cost.seconds(cost.step([REQUEST] * requests, new_tokens=REQUEST), limits)
+        for length in range(REQUEST + 1, 2 * REQUEST):
+            seconds += cost.seconds(cost.step([length] * requests), limits)
+        return requests * REQUEST / seconds
+
+    return Regime(f"throughput-{requests}", "tokens/s", True, sample, ceiling)

@@ -1,0 +1,90 @@
+"""What a step must do at the least: bytes to read and operations to compute, and so the least time it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from miaotui.backends.ops import BLOCK_SIZE
+from miaotui.hardware.ceilings import Ceilings
+from miaotui.model.spec import LayerSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that one step does. A multiply-add is two operations."""
+
+    bytes: float
+    linear_operations: float
+    attention_operations: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs, from its shapes: `weight_bytes` a step reads, `cache_bytes` for a position over all layers.
+
+    `integer` says that the matrix products run on integer codes.
+    """
+
+    spec: ModelSpec
+    weight_bytes: int
+    cache_bytes: float
+    integer: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, weight_bytes: int, block_bytes: int, compute: str) -> Cost:
+        """`weight_bytes` and `block_bytes` as an executor states them; `compute` is `auto` or `fp32`."""
+        codes = weight_bytes / parameters_read(spec) < 1.5  # bf16 has 2 bytes, int8 with its scales less than 1.2
+        return cls(spec, weight_bytes, block_bytes / BLOCK_SIZE, codes and compute != "fp32")
+
+    def step(self, contexts: Sequence[int], new_tokens: int = 1) -> Work:
+        """Every sequence gets `new_tokens` tokens and then has its length in `contexts`; one logits row each."""
+        tokens = new_tokens * len(contexts)
+        linear = 2.0 * tokens * sum(_layer_parameters(self.spec, layer) for layer in self.spec.layers)
+        head = 2.0 * len(contexts) * self.spec.vocab_size * self.spec.hidden_size
+        seen = sum(
+            self._positions_seen(layer, context, new_tokens) for layer in self.spec.layers for context in contexts
+        )
+        cached = self.cache_bytes * sum(self._cache_read(context, new_tokens) for context in contexts)
+        return Work(self.weight_bytes + cached, linear + head, seen)
+
+    def seconds(self, work: Work, ceilings: Ceilings) -> float:
+        """The least time for it: reading and computing may overlap perfectly, linear and attention may not."""
+        peak = ceilings.int8 if self.integer else ceilings.fp32
+        compute = work.linear_operations / peak + work.attention_operations / ceilings.fp32
+        return max(work.bytes / ceilings.bandwidth, compute)
+
+    def _positions_seen(self, layer: LayerSpec, context: int, new_tokens: int) -> float:
+        """Operations of one layer's attention: 2 for q·k and 2 for p·v, for each element of each visible position."""
+        attention = layer.attention
+        visible = sum(_visible(layer, position + 1) for position in range(context - new_tokens, context))
+        return 4.0 * attention.heads * attention.head_dim * visible
+
+    def _cache_read(self, context: int, new_tokens: int) -> float:
+        """Cached positions that must be read, averaged over layers by their width."""
+        widths = [layer.attention.kv_heads * layer.attention.head_dim for layer in self.spec.layers]
+        spans = [_visible(layer, context - new_tokens) for layer in self.spec.layers]
+        return sum(width * span for width, span in zip(widths, spans, strict=True)) / sum(widths)
+
+
+def _visible(layer: LayerSpec, context: int) -> int:
+    """How many of `context` positions a layer attends to."""
+    window = layer.attention.window
+    return context if window is None else min(context, window)
+
+
+def parameters_read(spec: ModelSpec) -> int:
+    """Weights that a step with one token multiplies by: the layers' matrices (chosen experts only) and the head."""
+    return sum(_layer_parameters(spec, layer) for layer in spec.layers) + spec.vocab_size * spec.hidden_size
+
+
+def _layer_parameters(spec: ModelSpec, layer: LayerSpec) -> int:
+    attention = layer.attention
+    queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    matrices = 3 if spec.gated_mlp else 2
+    experts = layer.experts
+    if experts is None:
+        mlp = matrices * spec.hidden_size * spec.intermediate_size
+    else:
+        mlp = experts.top_k * matrices * spec.hidden_size * experts.width + experts.count * spec.hidden_size
+    return spec.hidden_size * (2 * queries + 2 * keys) + mlp
