@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from miaotui.engine.llm import LLM
     from miaotui.engine.params import SamplingParams
 
-HISTORY = Path("~/.cache/miaotui/chat_history")
-
 HELP = """\
 /reset         forget the conversation (the system prompt stays)
 /system TEXT   set the system prompt and start over; without TEXT, show it
@@ -147,7 +145,9 @@ def _line_editing() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
-    path = HISTORY.expanduser()
+    from miaotui.checkpoint.demo import cache_folder
+
+    path = cache_folder() / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)

@@ -54,9 +54,11 @@ def program() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. `arguments` defaults to the process's own."""
     try:
-        status = program.main(args=arguments, prog_name="miaotui", standalone_mode=False)
+        _invoke(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
-        return status if isinstance(status, int) else 0
+        return 0
+    except click.exceptions.Exit as leaving:  # --help and --version
+        return leaving.exit_code
     except MiaotuiError as error:
         click.echo(f"error: {error.message}\n{error.hint}", err=True)
         return error.exit_code
@@ -70,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has had enough (`| head`). Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _invoke(arguments: list[str]) -> None:
+    """Run without click's own `main`, which would end the process and take broken pipes for failures."""
+    with program.make_context("miaotui", arguments) as context:
+        program.invoke(context)
 
 
 if __name__ == "__main__":

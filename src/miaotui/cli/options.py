@@ -39,7 +39,7 @@ ENGINE = {
 }  # fmt: skip
 
 SAMPLING = {
-    "max_tokens": click.option("--max-tokens", type=int, default=512, show_default=True, help="New tokens at most."),
+    "max_tokens": click.option("--max-tokens", type=int, help="New tokens at most.  [default: all that fit]"),
     "temperature": click.option(
         "--temperature", type=float, default=0.7, show_default=True, help="0 always takes the likeliest token."
     ),

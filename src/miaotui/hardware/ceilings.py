@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-CACHE = Path("~/.cache/miaotui")
-
 
 @dataclass(frozen=True)
 class Probes:
@@ -61,7 +59,7 @@ def main_memory_set(caches: dict[str, int], available: int) -> int:
     return max(1 << 20, min(max(8 * last, 256 << 20), available // 4))
 
 
-def recall(fingerprint: str, folder: Path = CACHE) -> Ceilings | None:
+def recall(fingerprint: str, folder: Path) -> Ceilings | None:
     """The ceilings written for this fingerprint, or None. For display only: a benchmark measures anew."""
     try:
         return Ceilings(**json.loads(_file(fingerprint, folder).read_text()))
@@ -69,7 +67,7 @@ def recall(fingerprint: str, folder: Path = CACHE) -> Ceilings | None:
         return None
 
 
-def remember(fingerprint: str, ceilings: Ceilings, folder: Path = CACHE) -> None:
+def remember(fingerprint: str, ceilings: Ceilings, folder: Path) -> None:
     """Write the ceilings for `recall`. A folder that cannot be written to is no reason to fail."""
     path = _file(fingerprint, folder)
     try:
@@ -82,4 +80,4 @@ def remember(fingerprint: str, ceilings: Ceilings, folder: Path = CACHE) -> None
 
 
 def _file(fingerprint: str, folder: Path) -> Path:
-    return folder.expanduser() / f"ceilings-{fingerprint}.json"
+    return folder / f"ceilings-{fingerprint}.json"
