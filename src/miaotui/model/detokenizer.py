@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from miaotui.errors import RequestError
-from miaotui.model.token_text import Joining, byte_fallback_piece
+from miaotui.model.token_text import SPACE, Joining, byte_fallback_piece
 
 if TYPE_CHECKING:
     from miaotui.model.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ class _ByteLevel:
 
 
 class _PieceTable(dict[int, "str | int | None"]):
-    """Text, byte value or None (adds nothing at all) by id, filled as ids occur."""
+    """By id, filled as ids occur: text, a byte's value, or None for what adds nothing; Metaspace keeps its `▁`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _PieceTable(dict[int, "str | int | None"]):
 
     def __missing__(self, token_id: int) -> str | int | None:
         token = None if token_id in self._skipped else self._backend.id_to_token(token_id)
-        piece = None if token is None else byte_fallback_piece(token) if self._bytes else token.replace("▁", " ")
+        piece = byte_fallback_piece(token) if self._bytes and token is not None else token
         self[token_id] = piece
         return piece
 
@@ -121,7 +121,8 @@ class _Pieces:
                 if self._run:
                     parts.append(self._close_run())
                 parts.append(self._first(piece) if self._at_start else piece)
-        return "".join(parts)
+        text = "".join(parts)
+        return text.replace(SPACE, " ") if self._kind.joining is Joining.METASPACE else text
 
     def flush(self) -> str:
         rest = self._close_run() if self._run else ""
@@ -140,7 +141,7 @@ class _Pieces:
         """The first text: without its leading space where the decoder strips one (Metaspace: all of the token's)."""
         if self._kind.joining is Joining.METASPACE:
             self._at_start = False
-            return piece.replace(" ", "") if self._kind.strip_first else piece
+            return piece.replace(SPACE, "") if self._kind.strip_first else piece
         if not piece:
             return ""
         self._at_start = False
