@@ -78,7 +78,13 @@ def parameters_read(spec: ModelSpec) -> int:
     return sum(_layer_parameters(spec, layer) for layer in spec.layers) + spec.vocab_size * spec.hidden_size
 
 
-def _layer_parameters(spec: ModelSpec, layer: LayerSpec) -> int:
+def parameters(spec: ModelSpec) -> int:
+    """All weights of matrices and tables; norms and biases, a thousandth of them, are not counted."""
+    tables = spec.vocab_size * spec.hidden_size * (1 if spec.tied_head else 2)
+    return sum(_layer_parameters(spec, layer, every_expert=True) for layer in spec.layers) + tables
+
+
+def _layer_parameters(spec: ModelSpec, layer: LayerSpec, every_expert: bool = False) -> int:
     attention = layer.attention
     queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     matrices = 3 if spec.gated_mlp else 2
@@ -86,5 +92,6 @@ def _layer_parameters(spec: ModelSpec, layer: LayerSpec) -> int:
     if experts is None:
         mlp = matrices * spec.hidden_size * spec.intermediate_size
     else:
-        mlp = experts.top_k * matrices * spec.hidden_size * experts.width + experts.count * spec.hidden_size
+        used = experts.count if every_expert else experts.top_k
+        mlp = used * matrices * spec.hidden_size * experts.width + experts.count * spec.hidden_size
     return spec.hidden_size * (2 * queries + 2 * keys) + mlp
