@@ -224,7 +224,8 @@ class Executor(Protocol):
 class Backend(Protocol[B]):
     """What `model.build` is given, for every device: ops to prepare weights with, then one executor made of them."""
 
-    ops: Ops[B]
+    @property
+    def ops(self) -> Ops[B]: ...
 
     def record(self, forward: Callable[[Ops[B]], B]) -> Executor:
         """The executor whose steps run `forward`, which returns the logits buffer. Called once, after all weights."""

@@ -24,7 +24,17 @@ class ReferenceBackend:
     Raises DependencyError when the device is not there, ResourceError when its memory does not suffice.
     """
 
-    def __init__(self, shape: StepShape, cache: CacheSpec, *, compute: ComputeType, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        shape: StepShape,
+        cache: CacheSpec,
+        *,
+        compute: ComputeType,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)  # of the process: PyTorch has one pool
         self.shape = shape
         self.device = _device(device)
         on_gpu, exact = self.device.type == "cuda", compute == "fp32"

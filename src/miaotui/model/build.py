@@ -1,0 +1,123 @@
+"""From MODEL to something that runs: find it, read its configuration, hand its weights to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from miaotui.backends.ops import Backend, CacheSpec, CacheType, ComputeType, Executor, StepShape
+from miaotui.checkpoint import Checkpoint, open_checkpoint, resolve
+from miaotui.errors import DependencyError, RequestError, UsageError
+from miaotui.model.chat import ChatTemplate
+from miaotui.model.decoder import forward
+from miaotui.model.families import read_spec
+from miaotui.model.spec import ModelSpec
+from miaotui.model.tokenizer import Tokenizer
+from miaotui.model.weights import prepare_weights
+
+T = TypeVar("T")
+
+MIN_LOGITS_ROWS = 64
+"""Rows of logits that a step may ask for at least, so that scoring a text takes few steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run steps. `chat_template` is None when the checkpoint has none."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    executor: Executor
+    chat_template: ChatTemplate | None
+    checkpoint: Checkpoint
+
+
+def load(
+    model: str,
+    *,
+    device: str = "auto",
+    compute: str = "auto",
+    kv_cache_dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 512,
+    max_logits_rows: int | None = None,
+    threads: int | None = None,
+) -> LoadedModel:
+    """Load MODEL. Weights are streamed: beside what the backend keeps, one stacked matrix at most is in memory.
+
+    device: `cpu` (what `auto` means), `cuda`, or `reference` (PyTorch on the CPU). compute: `fp32` keeps activations
+    exact where `auto` quantises them. kv_cache_dtype: `bf16` (what `auto` means), `fp32`, `int8`.
+    max_model_len: None for what the model's configuration promises. The executor's cache is not allocated yet.
+
+    Raises UsageError, ModelNotFoundError, CheckpointError, UnsupportedModelError, DependencyError, ResourceError.
+    """
+    make_backend = _choose("device", device, BACKENDS)
+    cache_type = _choose("kv_cache_dtype", kv_cache_dtype, CACHE_TYPES)
+    compute_type = _choose("compute", compute, COMPUTE_TYPES)
+    checkpoint = open_checkpoint(resolve(model))
+    spec, names = read_spec(checkpoint, max_model_len)
+    shape = StepShape(
+        max_tokens=max_num_batched_tokens,
+        max_seqs=max_num_seqs,
+        max_logits_rows=max_logits_rows or min(max(max_num_seqs, MIN_LOGITS_ROWS), max_num_batched_tokens),
+        max_model_len=_length(spec, max_model_len),
+    )
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    cache = CacheSpec(tuple(layer.attention for layer in spec.layers), cache_type)
+    backend = make_backend(shape, cache, compute_type, threads)
+    weights = prepare_weights(backend.ops, spec, names, checkpoint)
+    executor = backend.record(lambda ops: forward(ops, spec, weights))
+    return LoadedModel(spec, tokenizer, executor, _chat_template(checkpoint, tokenizer), checkpoint)
+
+
+def _length(spec: ModelSpec, wanted: int | None) -> int:
+    if wanted is None:
+        return spec.max_position
+    if not 1 <= wanted <= spec.max_position:
+        cause = f"max_model_len is {wanted}; this model reaches {spec.max_position} positions."
+        raise UsageError(cause, f"Choose a --max-model-len from 1 to {spec.max_position}.")
+    return wanted
+
+
+def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
+    try:
+        return ChatTemplate.from_checkpoint(checkpoint, tokenizer)
+    except RequestError:  # it has none
+        return None
+
+
+# -- backends, each resolved once ------------------------------------------------------------------------
+MakeBackend = Callable[[StepShape, CacheSpec, ComputeType, int | None], Backend[Any]]
+
+
+def _cpu(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None) -> Backend[Any]:
+    from miaotui.backends.cpu import CpuBackend
+
+    return CpuBackend(shape, cache, compute=compute, threads=threads)
+
+
+def _torch(device: str) -> MakeBackend:
+    def make(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None) -> Backend[Any]:
+        try:
+            from miaotui.backends.reference.backend import ReferenceBackend
+        except ImportError as error:
+            cause = f"This device runs on PyTorch, which is not installed ({error})."
+            raise DependencyError(
+                cause, "Install it: pip install 'miaotui[reference]', or use --device cpu."
+            ) from error
+        return ReferenceBackend(shape, cache, compute=compute, device=device, threads=threads)
+
+    return make
+
+
+BACKENDS: dict[str, MakeBackend] = {"auto": _cpu, "cpu": _cpu, "reference": _torch("cpu"), "cuda": _torch("cuda")}
+CACHE_TYPES: dict[str, CacheType] = {"auto": "bf16", "bf16": "bf16", "fp32": "fp32", "int8": "int8"}
+COMPUTE_TYPES: dict[str, ComputeType] = {"auto": "auto", "fp32": "fp32"}
+
+
+def _choose(name: str, value: str, choices: dict[str, T]) -> T:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r:.60}.", f"Choose one of {', '.join(choices)}.")
+    return choices[value]

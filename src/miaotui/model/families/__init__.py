@@ -1,0 +1,37 @@
+"""From a checkpoint's own configuration to a ModelSpec, for every family that is supported.
+
+- `table.py`: the families, as data: their switches, names, and the configuration keys that are understood.
+- `hf.py`, `gguf.py`: read `config.json`, or GGUF metadata, into one vocabulary (transformers'), refusing what they
+  don't understand.
+- `spec.py`: make a ModelSpec of that.
+"""
+
+from __future__ import annotations
+
+from miaotui.checkpoint.base import Checkpoint
+from miaotui.model.families import gguf, hf
+from miaotui.model.families.spec import Described, make_spec
+from miaotui.model.families.table import FAMILIES, Family
+from miaotui.model.names import Names
+from miaotui.model.spec import ModelSpec
+
+__all__ = ["FAMILIES", "Described", "Family", "describe", "read_spec"]
+
+
+def describe(checkpoint: Checkpoint) -> Described:
+    """The family of a checkpoint, its tensors' names and its settings.
+
+    Raises UnsupportedModelError for an architecture or a setting that is not understood, CheckpointError for a
+    configuration that is incomplete or impossible.
+    """
+    return gguf.describe(checkpoint) if checkpoint.format == "gguf" else hf.describe(checkpoint.config)
+
+
+def read_spec(checkpoint: Checkpoint, max_model_len: int | None = None) -> tuple[ModelSpec, Names]:
+    """The spec of a checkpoint and the names of its tensors.
+
+    max_model_len: the longest sequence it is to serve, which scaled rotary embeddings depend on (see `model.rope`);
+    None: what the configuration promises. `spec.max_position` never exceeds what the model's scaling reaches.
+    """
+    described = describe(checkpoint)
+    return make_spec(described, max_model_len), described.names
