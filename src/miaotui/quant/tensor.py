@@ -36,6 +36,10 @@ class Tensor(Protocol):
         """The same kind of tensor with these rows (dimension 0) in this order."""
         ...
 
+    def matrix(self, index: int) -> Tensor:
+        """Matrix `index` of a stack `[n, out, in]` (a layer's experts), as its own tensor `[out, in]`."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseTensor:
@@ -58,6 +62,9 @@ class DenseTensor:
         return self.data.astype(np.float32)
 
     def rows(self, index: NDArray[np.int64] | slice) -> DenseTensor:
+        return replace(self, data=self.data[index])
+
+    def matrix(self, index: int) -> DenseTensor:
         return replace(self, data=self.data[index])
 
 
@@ -86,19 +93,29 @@ class GroupedTensor:
         return int(self.codes.size * self.scheme.bits // 8 + self.scale.nbytes + extra)
 
     def dense32(self) -> NDArray[np.float32]:
-        width = self.codes.shape[1]
-        size = self.scheme.group_size or width
-        scale = np.repeat(self.scale, size, axis=1)[:, :width]
-        values = (self.codes.astype(np.float32) - np.float32(self.scheme.zero)) * scale
+        width = self.codes.shape[-1]
+        values = self.codes.astype(np.float32)
+        values -= np.float32(self.scheme.zero)
+        values *= self._spread(self.scale, width)
         if self.minimum is not None:
-            values += np.repeat(self.minimum, size, axis=1)[:, :width]
+            values += self._spread(self.minimum, width)
         if self.perm is not None:
             unpermuted = np.empty_like(values)
-            unpermuted[:, self.perm] = values
+            unpermuted[..., self.perm] = values
             values = unpermuted
         return values
 
+    def _spread(self, per_group: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+        """`[…, groups]` repeated to `[…, width]`, or left to broadcast when the group is the row."""
+        if per_group.shape[-1] == 1:
+            return per_group
+        return np.repeat(per_group, self.scheme.group_size or width, axis=-1)[..., :width]
+
     def rows(self, index: NDArray[np.int64] | slice) -> GroupedTensor:
+        minimum = None if self.minimum is None else self.minimum[index]
+        return replace(self, codes=self.codes[index], scale=self.scale[index], minimum=minimum)
+
+    def matrix(self, index: int) -> GroupedTensor:
         minimum = None if self.minimum is None else self.minimum[index]
         return replace(self, codes=self.codes[index], scale=self.scale[index], minimum=minimum)
 
@@ -127,3 +144,6 @@ class BlockTensor:
     def rows(self, index: NDArray[np.int64] | slice) -> BlockTensor:
         data = self.data[index]
         return replace(self, data=data, shape=(data.shape[0], *self.shape[1:]))
+
+    def matrix(self, index: int) -> BlockTensor:
+        return replace(self, data=self.data[index], shape=self.shape[1:])
