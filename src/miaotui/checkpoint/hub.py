@@ -1,0 +1,143 @@
+"""Models from the Hugging Face hub, into its own cache: only the files that are needed, resumed where it stopped."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from miaotui.errors import CheckpointError, ModelNotFoundError, ResourceError
+
+T = TypeVar("T")
+
+_TEXT = re.compile(r"(?!.*adapter)([\w.-]+\.(json|jinja|model|txt)|chat_template[\w.-]*)")
+_WEIGHTS = re.compile(r"model[\w.-]*\.safetensors|[\w.-]+-\d{5}-of-\d{5}\.safetensors")
+
+
+def download(repo: str, revision: str | None = None, file: str | None = None) -> Path:
+    """A hub model's snapshot folder, or its GGUF file when `file` names one or it has nothing else.
+
+    Works from the cache when HF_HUB_OFFLINE is set or the hub cannot be reached. Raises ModelNotFoundError.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(repo, revision, file, "HF_HUB_OFFLINE is set")
+    names = _guard(repo, revision, file, lambda: _list(repo, revision))
+    if isinstance(names, Path):
+        return names
+    wanted = choose(repo, names, file)
+    print(f"Fetching {repo} from the hub ({len(wanted)} files)", file=sys.stderr, flush=True)
+    folder = _guard(repo, revision, file, lambda: _fetch(repo, revision, wanted))
+    return folder / wanted[0] if wanted[0].endswith(".gguf") else folder
+
+
+def _list(repo: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(repo, revision=revision)
+
+
+def _fetch(repo: str, revision: str | None, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [re.sub(r"([\[*?])", r"[\1]", name) for name in wanted]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def choose(repo: str, names: list[str], file: str | None) -> list[str]:
+    """The files to fetch of those that a repository has; GGUF files (a split has several) come alone."""
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if file is not None:
+        if file not in ggufs:
+            raise ModelNotFoundError(f"{repo} has no file {file!r}.", _one_of(repo, ggufs))
+        return _with_split(file, ggufs)
+    text = [name for name in names if _TEXT.fullmatch(name)]
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    weights = weights or [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if weights:
+        return text + ([SINGLE] if SINGLE in weights else weights)
+    firsts = sorted({_with_split(name, ggufs)[0] for name in ggufs})
+    if len(firsts) == 1:
+        return _with_split(firsts[0], ggufs)
+    if firsts:
+        raise ModelNotFoundError(f"{repo} has {len(firsts)} GGUF models.", _one_of(repo, firsts))
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        raise CheckpointError(
+            f"{repo} has its weights only as pickles, which can run code when opened, so they are never read.",
+            "Look for a revision with safetensors, or convert it with transformers where you trust it.",
+        )
+    raise ModelNotFoundError(f"{repo} has no .safetensors or .gguf weights.", "Choose another repository.")
+
+
+SINGLE = "model.safetensors"
+
+
+def _with_split(file: str, ggufs: list[str]) -> list[str]:
+    """All files of the split that `file` belongs to, its first one first."""
+    stem = re.sub(r"-\d{5}-of-(\d{5})\.gguf\Z", r"", file)
+    if stem == file:
+        return [file]
+    return sorted(name for name in ggufs if name.startswith(f"{stem}-") and name[-14:] == file[-14:])
+
+
+def _one_of(repo: str, ggufs: list[str]) -> str:
+    listed = ", ".join(f"{repo}:{name}" for name in ggufs[:12])
+    return f"Pass one of them: {listed}." if listed else "It has no GGUF files: pass the repository alone."
+
+
+def _guard(repo: str, revision: str | None, file: str | None, work: Callable[[], T]) -> T | Path:
+    """Run hub work; its errors become ours, and a hub out of reach means the cache."""
+    from huggingface_hub import errors
+
+    try:
+        return work()
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{repo} is gated, and you have no access with this login.",
+            f"Ask for it at https://huggingface.co/{repo}, then run `hf auth login` or set HF_TOKEN.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{repo} has no revision {revision!r}.", "Leave @revision out.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"The hub has no model {repo}, or it is private.",
+            "Check the name; for a private one run `hf auth login` or set HF_TOKEN.",
+        ) from error
+    except Exception as error:
+        if _is_network(error):
+            return _from_cache(repo, revision, file, "the hub cannot be reached")
+        if isinstance(error, OSError):
+            raise ResourceError(f"{repo} could not be stored: {error}.", "Free some disk, or set HF_HOME.") from error
+        raise
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether the hub's client failed to reach it. Which HTTP library that client uses depends on its version."""
+    from huggingface_hub import errors
+
+    library = type(error).__module__.split(".")[0]
+    ours = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError)
+    return isinstance(error, ours) or library.startswith(("httpx", "httpcore", "requests", "urllib3"))
+
+
+def _from_cache(repo: str, revision: str | None, file: str | None, why: str) -> Path:
+    """The snapshot of an earlier download."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        _absent(repo, why)
+    if file is not None:
+        return folder / file if (folder / file).is_file() else _absent(f"{repo}:{file}", why)
+    return folder
+
+
+def _absent(what: str, why: str) -> NoReturn:
+    raise ModelNotFoundError(
+        f"{what} is not in the hub's cache, and {why}.",
+        "Connect (unset HF_HUB_OFFLINE) and run `miaotui pull` once, or pass a folder or a .gguf file.",
+    )

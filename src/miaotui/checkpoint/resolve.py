@@ -1,0 +1,100 @@
+"""What the user calls MODEL, found: a folder, a file, a hub name, or `demo`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from miaotui.checkpoint.base import Checkpoint
+from miaotui.checkpoint.gguf import MAGIC, GGUFCheckpoint, split_paths
+from miaotui.errors import CheckpointError, ModelNotFoundError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_HUB = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+\.gguf))?"
+)
+
+
+def resolve(model: str) -> Path:
+    """The folder or `.gguf` file of a model; it is downloaded first when it is `demo` or a hub name.
+
+    Raises ModelNotFoundError when there is no such model, CheckpointError when what is there cannot be one.
+    """
+    if model == "demo":
+        from miaotui.checkpoint import demo
+
+        return demo.locate()
+    try:
+        path = Path(model).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):
+        exists = False
+    if exists:
+        return _in_folder(path) if path.is_dir() else _file(path)
+    match = _HUB.fullmatch(model)
+    if match is None or (model.endswith(".gguf") and match["file"] is None):
+        raise ModelNotFoundError(f"There is no model at {model[:200]!r}.", _WHAT_IT_MAY_BE)
+    from miaotui.checkpoint import hub
+
+    return hub.download(match["repo"], match["revision"], match["file"])
+
+
+_WHAT_IT_MAY_BE = "MODEL is a folder, a .gguf file, a hub name such as org/name, or demo."
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open what `resolve` found. Reads headers only; raises CheckpointError for a file that is damaged."""
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    elif not path.exists():
+        raise ModelNotFoundError(f"There is no model at {str(path)[:200]!r}.", _WHAT_IT_MAY_BE)
+    if path.is_file():
+        _file(path)
+        if path.suffix != ".safetensors":
+            return GGUFCheckpoint(path)
+    from miaotui.checkpoint.safetensors import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(path) if path.is_dir() else SafetensorsCheckpoint(path.parent, path.name)
+
+
+def _file(path: Path) -> Path:
+    """A file that can be a model: safetensors by its name, GGUF by its magic."""
+    if path.suffix in PICKLES:
+        refuse_pickle(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file.", _WHAT_IT_MAY_BE)
+    if path.suffix == ".safetensors":
+        return path
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise CheckpointError(f"{path} is neither GGUF nor safetensors.", _WHAT_IT_MAY_BE)
+    return path
+
+
+def _in_folder(folder: Path) -> Path:
+    """The folder itself when it has safetensors, else the one GGUF model in it."""
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+        return folder
+    found = sorted({split_paths(path)[0] for path in folder.glob("*.gguf")})
+    if len(found) == 1:
+        return _file(found[0])
+    if found:
+        names = ", ".join(path.name for path in found[:8])
+        raise ModelNotFoundError(f"{folder} has {len(found)} GGUF models: {names}.", "Pass one of the files.")
+    pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickled:
+        refuse_pickle(pickled[0])
+    raise ModelNotFoundError(f"{folder} has no .safetensors or .gguf file in it.", _WHAT_IT_MAY_BE)
+
+
+def refuse_pickle(path: Path) -> NoReturn:
+    """Pickles run whatever code their author wrote into them: they are never opened."""
+    folder = path.parent if path.suffix else path
+    raise CheckpointError(
+        f"{path} is a pickle, which can run code when it is opened, so it is never read.",
+        'Convert it to safetensors where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" (and copy the tokenizer files).",
+    )
