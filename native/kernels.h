@@ -1,0 +1,127 @@
+// What the kernels are given and what they are called by. No instruction set is mentioned here: each
+// kernels_<isa>.cpp fills one table from kernels_impl.h, and Program picks a table by CPUID.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace miaotui {
+
+constexpr int kRowsPerPanel = 16;  // output rows that one register accumulates
+constexpr int kActGroup = 32;      // input elements that share a scale when activations are quantised
+
+enum class Code : uint8_t { F32, F16, BF16, INT4, INT8 };
+enum class ScaleType : uint8_t { F16, BF16, F32 };
+enum class Act : uint8_t { None, Silu, Gelu, GeluTanh, Relu2 };
+
+// A weight [n, k] in panels of 16 output rows. Per panel, along k:
+//   F32, F16   [k_pad][16]
+//   BF16       [k_pad / 2][16][2]
+//   INT8       [k_pad / 4][16][4] codes
+//   INT4       [k_pad / 8][16][4] bytes; low nibbles are k..k+3, high nibbles k+4..k+7
+// and, for the integer kinds, scales (and minima) [groups][16].
+//   value = scale * (code - zero)            when there are no minima
+//   value = scale * code + minimum           when there are
+// k_pad is k rounded up to 32; codes of the padding meet activations that are zero.
+struct Weight {
+  Code code = Code::F32;
+  ScaleType scale_type = ScaleType::F16;
+  bool has_min = false;
+  int zero_shift = 0;  // zero = 1 << zero_shift when there are no minima
+  int n = 0, k = 0, k_pad = 0, panels = 0;
+  int fold = 32;  // elements between two foldings of the integer sum into float: 16 or 32
+  int folds_per_group = 1;
+  int groups = 0;
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  const uint8_t* mins = nullptr;
+  size_t panel_bytes = 0;        // of codes
+  size_t panel_scale_bytes = 0;  // of scales, and of mins
+
+  bool integer() const { return code == Code::INT4 || code == Code::INT8; }
+};
+
+// Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127].
+// Sums are kept because a weight's zero point (or minimum) multiplies them.
+struct QuantRows {
+  int8_t* q = nullptr;         // [rows][k_pad]
+  float* scale = nullptr;      // [rows][k_pad / 32]
+  int32_t* minus16 = nullptr;  // [rows][k_pad / 16]: -sum of q over 16
+  int32_t* minus32 = nullptr;  // [rows][k_pad / 32]: -sum of q over 32
+  int k_pad = 0;
+
+  QuantRows row(int i) const {
+    size_t r = static_cast<size_t>(i), g = static_cast<size_t>(k_pad / 32);
+    return {q + r * k_pad, scale + r * g, minus16 + r * g * 2, minus32 + r * g, k_pad};
+  }
+  static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 16; }
+};
+
+// What happens to a result on its way out: out = softcap((result + bias) * scale + add).
+struct Epilogue {
+  const float* bias = nullptr;
+  const float* add = nullptr;
+  size_t add_stride = 0;
+  float scale = 1.0f;
+  float softcap = 0.0f;
+  float* out = nullptr;
+  size_t out_stride = 0;
+};
+
+struct LinearArgs {
+  const Weight* weight = nullptr;
+  const Weight* up = nullptr;  // with it, the result is act(weight row) * (up row)
+  Act act = Act::None;
+  int rows = 0;
+  bool integer = false;      // use `quant`, else `x`
+  const float* x = nullptr;  // [rows][x_stride], k_pad wide, zero beyond k
+  size_t x_stride = 0;
+  QuantRows quant;
+  Epilogue epilogue;
+  const float* up_bias = nullptr;
+};
+
+struct Kernels {
+  const char* name;
+  // Panels [first, last) of the weight for all rows. `scratch` is the calling thread's, linear_scratch_bytes(k_pad).
+  void (*linear)(const LinearArgs& args, int first, int last, float* scratch);
+  // out[0..n) = norm(x) * weight (+ bias) (+ add), float32 throughout.
+  void (*norm)(const float* x, const float* weight, const float* bias, const float* add, float eps, int n, bool layer,
+               float* out);
+  void (*quantise)(const float* x, int k, QuantRows row);
+  // out = act(gate) * up; up may be null.
+  void (*activate)(const float* gate, const float* up, int n, Act act, float* out);
+  // Row `row` of the weight as float32, times `factor`.
+  void (*dequantise_row)(const Weight& weight, int row, float factor, float* out);
+  int (*argmax)(const float* x, int n);
+};
+
+inline size_t linear_scratch_bytes(int k_pad) {
+  return (static_cast<size_t>(k_pad) * kRowsPerPanel + 2 * 64 * kRowsPerPanel) * sizeof(float) + 64;
+}
+
+const Kernels* kernels_portable();
+#ifdef MIAOTUI_X86
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+// IEEE half to float, exact. Subnormals, infinities and NaN included.
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7F800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  } else {
+    float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    __builtin_memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
+}  // namespace miaotui

@@ -1,0 +1,23 @@
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace miaotui {
+namespace kernels_in_avx2 {
+namespace {
+
+#include "simd_avx2.h"
+// The lanes must be defined first.
+#include "kernels_impl.h"
+
+constexpr Kernels table{"avx2", linear, norm, quantise, activate, dequantise_row, argmax};
+
+}  // namespace
+}  // namespace kernels_in_avx2
+
+const Kernels* kernels_avx2() { return &kernels_in_avx2::table; }
+
+}  // namespace miaotui

@@ -1,0 +1,470 @@
+// Every kernel, written once over sixteen lanes. A kernels_<isa>.cpp includes its simd_<isa>.h and then this file
+// inside its own namespace.
+//
+// One rule runs through it: the bits of a row's result do not depend on how many rows are computed with it, nor on
+// which thread computes it. So each output is one chain of operations in ascending k, whatever the tile:
+//   integer   per fold of 16 or 32 inputs: an exact integer sum, then acc = fma(sum, w_scale * a_scale, acc)
+//   float     acc = fma(w, x, acc)
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+MIAOTUI_INLINE F16x load_scale(const uint8_t* p, ScaleType type) {
+  if (type == ScaleType::F16) return load_f16(reinterpret_cast<const uint16_t*>(p));
+  if (type == ScaleType::BF16) return load_bf16(reinterpret_cast<const uint16_t*>(p));
+  return load(reinterpret_cast<const float*>(p));
+}
+
+inline int scale_line(ScaleType type) { return type == ScaleType::F32 ? 64 : 32; }  // bytes of 16 scales
+
+// exp with a relative error below 2e-7: 2^n * p(r), r = x - n ln 2 in two parts, p of degree 6 (Cephes expf).
+MIAOTUI_INLINE F16x exp_lanes(F16x x) {
+  x = min(max(x, splat(-87.0f)), splat(88.0f));
+  F16x n = round(mul(x, splat(1.44269504088896341f)));
+  F16x r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  F16x p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(mul(r, r), p, add(r, splat(1.0f)));
+  return mul(p, pow2(to_int(n)));
+}
+
+MIAOTUI_INLINE F16x tanh_lanes(F16x x) {  // 1 - 2 / (exp(2x) + 1)
+  F16x e = exp_lanes(min(add(x, x), splat(80.0f)));
+  return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
+}
+
+MIAOTUI_INLINE F16x act_lanes(F16x x, Act act) {
+  switch (act) {
+    case Act::Silu: return div(x, add(splat(1.0f), exp_lanes(sub(zero(), x))));
+    case Act::GeluTanh: {
+      F16x inner = mul(splat(0.7978845608028654f), fma(mul(mul(x, x), x), splat(0.044715f), x));
+      return mul(mul(splat(0.5f), x), add(splat(1.0f), tanh_lanes(inner)));
+    }
+    case Act::Gelu: {
+      float v[16];
+      store(v, x);
+      for (int i = 0; i < 16; ++i) v[i] = 0.5f * v[i] * (1.0f + ::erff(v[i] * 0.70710678118654752f));
+      return load(v);
+    }
+    case Act::Relu2: {
+      F16x positive = max(x, zero());
+      return mul(positive, positive);
+    }
+    case Act::None: break;
+  }
+  return x;
+}
+
+// ---- integer tiles ---------------------------------------------------------------------------------------------
+
+struct IntTile {  // one panel against M rows
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* mins;
+  const Weight* weight;
+};
+
+// acc starts at -zero * sum(a), so that the sum over (code - zero) comes out by itself.
+template <int M, bool MIN>
+MIAOTUI_INLINE void start_sums(I16x (&sum)[M], const int32_t* minus, size_t stride, int shift) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m] = isplat(MIN ? 0 : minus[m * stride] * (1 << shift));
+}
+
+template <Code CODE, int FOLD, int M>
+MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a, size_t a_stride) {
+  constexpr int step = CODE == Code::INT4 ? 8 : 4;
+#pragma GCC unroll 8
+  for (int k = 0; k < FOLD; k += step) {
+    Bytes w = load_bytes(codes + k / step * 64);
+    if constexpr (CODE == Code::INT4) {
+      Bytes low = low_nibbles(w), high = high_nibbles(w);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], low, a + m * a_stride + k);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], high, a + m * a_stride + k + 4);
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m] = dot4<true>(sum[m], w, a + m * a_stride + k);
+    }
+  }
+}
+
+template <Code CODE, bool MIN, int FOLD, int M>
+__attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& rows, float* out) {
+  const Weight& w = *tile.weight;
+  const int folds = w.k_pad / FOLD, line = scale_line(w.scale_type), per_group = w.folds_per_group;
+  const size_t code_step = CODE == Code::INT4 ? FOLD * 8 : FOLD * 16;
+  const size_t a_stride = w.k_pad, s_stride = w.k_pad / 32, m_stride = w.k_pad / FOLD;
+  const int32_t* minus = FOLD == 32 ? rows.minus32 : rows.minus16;
+  const ScaleType type = w.scale_type;
+  const int shift = w.zero_shift;
+  const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins;
+  F16x acc[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) acc[m] = zero();
+  int left = per_group;
+  for (int f = 0; f < folds; ++f) {
+    I16x sum[M];
+    start_sums<M, MIN>(sum, minus + f, m_stride, shift);
+    dot_fold<CODE, FOLD, M>(sum, codes, rows.q + f * FOLD, a_stride);
+    codes += code_step;
+    const F16x scale = load_scale(scales, type);
+    const float* a_scale = rows.scale + f * FOLD / 32;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[m]), mul(scale, splat(a_scale[m * s_stride])), acc[m]);
+    if constexpr (MIN) {
+      const F16x minimum = load_scale(mins, type);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        float total = a_scale[m * s_stride] * static_cast<float>(-minus[m * m_stride + f]);
+        acc[m] = fma(minimum, splat(total), acc[m]);
+      }
+    }
+    if (--left == 0) {
+      left = per_group;
+      scales += line;
+      mins += line;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) store(out + m * 16, acc[m]);
+}
+
+template <int M>
+MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float* out) {
+  const Weight& w = *t.weight;
+  const bool wide = w.fold == 32;
+  if (w.code == Code::INT4) {
+    if (w.has_min)
+      return wide ? int_tile<Code::INT4, true, 32, M>(t, rows, out) : int_tile<Code::INT4, true, 16, M>(t, rows, out);
+    return wide ? int_tile<Code::INT4, false, 32, M>(t, rows, out) : int_tile<Code::INT4, false, 16, M>(t, rows, out);
+  }
+  if (w.has_min)
+    return wide ? int_tile<Code::INT8, true, 32, M>(t, rows, out) : int_tile<Code::INT8, true, 16, M>(t, rows, out);
+  return wide ? int_tile<Code::INT8, false, 32, M>(t, rows, out) : int_tile<Code::INT8, false, 16, M>(t, rows, out);
+}
+
+// Rows in tiles of the sizes that are compiled; a rest of 5 is 4 + 1.
+template <typename F>
+MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
+  int r = 0;
+  while (r < rows) {
+    const int left = rows - r;
+    if constexpr (kMaxTile >= 12)
+      if (left >= 12) {
+        tile(Int<12>{}, r), r += 12;
+        continue;
+      }
+    if constexpr (kMaxTile >= 8)
+      if (left >= 8) {
+        tile(Int<8>{}, r), r += 8;
+        continue;
+      }
+    if constexpr (kMaxTile >= 6)
+      if (left >= 6) {
+        tile(Int<6>{}, r), r += 6;
+        continue;
+      }
+    if constexpr (kMaxTile >= 4)
+      if (left >= 4) {
+        tile(Int<4>{}, r), r += 4;
+        continue;
+      }
+    if constexpr (kMaxTile >= 3)
+      if (left >= 3) {
+        tile(Int<3>{}, r), r += 3;
+        continue;
+      }
+    if (left >= 2) {
+      tile(Int<2>{}, r), r += 2;
+    } else {
+      tile(Int<1>{}, r), r += 1;
+    }
+  }
+}
+
+inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, float* out) {
+  const IntTile tile{w.codes + panel * w.panel_bytes, w.scales + panel * w.panel_scale_bytes,
+                     w.mins + panel * w.panel_scale_bytes, &w};
+  for_tiles(count, [&](auto m, int r) { int_tile_any<decltype(m)::value>(tile, rows.row(r), out + r * 16); });
+}
+
+// ---- float tiles -----------------------------------------------------------------------------------------------
+
+// Sixteen rows' weights for k and k + 1.
+template <Code CODE>
+MIAOTUI_INLINE void load_pair(const uint8_t* panel, int k, F16x& even, F16x& odd) {
+  if constexpr (CODE == Code::F32) {
+    const float* p = reinterpret_cast<const float*>(panel) + k * 16;
+    even = load(p), odd = load(p + 16);
+  } else if constexpr (CODE == Code::F16) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(panel) + k * 16;
+    even = load_f16(p), odd = load_f16(p + 16);
+  } else {
+    load_bf16_pair(reinterpret_cast<const uint16_t*>(panel) + k * 16, even, odd);
+  }
+}
+
+// P neighbouring panels against M rows: acc[p][m] += w[k] * x[m][k], k ascending.
+template <Code CODE, int P, int M>
+__attribute__((noinline)) void float_tile(const uint8_t* panels, size_t panel_bytes, int k_pad, const float* x,
+                                          size_t x_stride, float* out, size_t out_panel) {
+  F16x acc[P][M];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[p][m] = zero();
+  for (int k = 0; k < k_pad; k += 2) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      F16x even, odd;
+      load_pair<CODE>(panels + p * panel_bytes, k, even, odd);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) acc[p][m] = fma(even, splat(x[m * x_stride + k]), acc[p][m]);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) acc[p][m] = fma(odd, splat(x[m * x_stride + k + 1]), acc[p][m]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) store(out + p * out_panel + m * 16, acc[p][m]);
+}
+
+template <int P, int M>
+MIAOTUI_INLINE void float_tile_any(Code code, const uint8_t* panels, size_t panel_bytes, int k_pad, const float* x,
+                                   size_t x_stride, float* out, size_t out_panel) {
+  if (code == Code::F32) return float_tile<Code::F32, P, M>(panels, panel_bytes, k_pad, x, x_stride, out, out_panel);
+  if (code == Code::F16) return float_tile<Code::F16, P, M>(panels, panel_bytes, k_pad, x, x_stride, out, out_panel);
+  return float_tile<Code::BF16, P, M>(panels, panel_bytes, k_pad, x, x_stride, out, out_panel);
+}
+
+// Integer panel to float32 [k_pad][16], each value rounded once: (code - zero) * scale, or code * scale + minimum.
+inline void dequantise_panel(const Weight& w, int panel, float* out) {
+  const uint8_t* codes = w.codes + panel * w.panel_bytes;
+  const uint8_t* scales = w.scales + panel * w.panel_scale_bytes;
+  const uint8_t* mins = w.mins + panel * w.panel_scale_bytes;
+  const int line = scale_line(w.scale_type), step = w.code == Code::INT4 ? 8 : 4, size = w.fold * w.folds_per_group;
+  const F16x shift = splat(w.has_min ? 0.0f : static_cast<float>(1 << w.zero_shift));
+  for (int k = 0; k < w.k_pad; k += step, codes += 64) {
+    const int group = k / size;
+    const F16x scale = load_scale(scales + group * line, w.scale_type);
+    const F16x minimum = w.has_min ? load_scale(mins + group * line, w.scale_type) : zero();
+    auto put = [&](Bytes bytes, int at) {
+      store(out + (at + 0) * 16, add(mul(sub(byte_lane<0>(bytes), shift), scale), minimum));
+      store(out + (at + 1) * 16, add(mul(sub(byte_lane<1>(bytes), shift), scale), minimum));
+      store(out + (at + 2) * 16, add(mul(sub(byte_lane<2>(bytes), shift), scale), minimum));
+      store(out + (at + 3) * 16, add(mul(sub(byte_lane<3>(bytes), shift), scale), minimum));
+    };
+    const Bytes bytes = load_bytes(codes);
+    if (w.code == Code::INT4) {
+      put(low_nibbles(bytes), k);
+      put(high_nibbles(bytes), k + 4);
+    } else {
+      put(bytes, k);
+    }
+  }
+}
+
+inline void float_panel(const Weight& w, int panel, const float* x, size_t x_stride, int count, float* out,
+                        float* scratch) {
+  const uint8_t* codes = w.codes + panel * w.panel_bytes;
+  Code code = w.code;
+  if (w.integer()) {
+    dequantise_panel(w, panel, scratch);
+    codes = reinterpret_cast<const uint8_t*>(scratch);
+    code = Code::F32;
+  }
+  for_tiles(count, [&](auto m, int r) {
+    float_tile_any<1, decltype(m)::value>(code, codes, 0, w.k_pad, x + r * x_stride, x_stride, out + r * 16, 0);
+  });
+}
+
+// ---- linear ----------------------------------------------------------------------------------------------------
+
+MIAOTUI_INLINE F16x soften(F16x x, float cap) {
+  return cap == 0.0f ? x : mul(splat(cap), tanh_lanes(div(x, splat(cap))));
+}
+
+inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up) {
+  const Epilogue& e = args.epilogue;
+  const int at = panel * kRowsPerPanel, left = args.weight->n - at, n = left < 16 ? left : 16;
+  const F16x bias = e.bias ? load_n(e.bias + at, n) : zero();
+  const F16x up_bias = args.up_bias ? load_n(args.up_bias + at, n) : zero();
+  const F16x scale = splat(e.scale);
+  for (int r = 0; r < rows; ++r) {
+    F16x y = add(load(result + r * 16), bias);
+    if (up)
+      y = mul(act_lanes(y, args.act), add(load(up + r * 16), up_bias));
+    else
+      y = act_lanes(y, args.act);
+    y = mul(y, scale);
+    if (e.add) y = add(y, load_n(e.add + (row0 + r) * e.add_stride + at, n));
+    store_n(e.out + (row0 + r) * e.out_stride + at, soften(y, e.softcap), n);
+  }
+}
+
+constexpr int kRowChunk = 48;  // rows between two visits of a panel: its results stay in the first-level cache
+
+inline void panel_times_rows(const LinearArgs& args, const Weight& w, int panel, int row0, int rows, float* out,
+                             float* scratch) {
+  if (args.integer) return int_panel(w, panel, args.quant.row(row0), rows, out);
+  float_panel(w, panel, args.x + row0 * args.x_stride, args.x_stride, rows, out, scratch);
+}
+
+// One row and dense weights: four panels at once, so that four chains hide the latency of fma.
+inline int dense_gemv(const LinearArgs& args, int first, int last) {
+  const Weight& w = *args.weight;
+  float out[4 * 16];
+  for (; first + 4 <= last; first += 4) {
+    float_tile_any<4, 1>(w.code, w.codes + first * w.panel_bytes, w.panel_bytes, w.k_pad, args.x, args.x_stride, out,
+                         16);
+    for (int p = 0; p < 4; ++p) finish(args, first + p, 0, 1, out + p * 16, nullptr);
+  }
+  return first;
+}
+
+inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
+  float* result = scratch;
+  float* up = scratch + kRowChunk * 16;
+  float* panel_scratch = scratch + 2 * 64 * 16;
+  if (args.rows == 1 && !args.integer && !args.weight->integer() && !args.up) first = dense_gemv(args, first, last);
+  for (int panel = first; panel < last; ++panel) {
+    for (int row0 = 0; row0 < args.rows; row0 += kRowChunk) {
+      const int rows = args.rows - row0 < kRowChunk ? args.rows - row0 : kRowChunk;
+      panel_times_rows(args, *args.weight, panel, row0, rows, result, panel_scratch);
+      if (args.up) panel_times_rows(args, *args.up, panel, row0, rows, up, panel_scratch);
+      finish(args, panel, row0, rows, result, args.up ? up : nullptr);
+    }
+  }
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------
+
+template <typename F>
+MIAOTUI_INLINE void lanes_of(int n, F&& each) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) each(i, 16);
+  if (i < n) each(i, n - i);
+}
+
+inline void norm(const float* x, const float* weight, const float* bias, const float* added, float eps, int n,
+                 bool layer, float* out) {
+  float mean = 0.0f;
+  if (layer) {
+    F16x total = zero();
+    lanes_of(n, [&](int i, int m) { total = add(total, load_n(x + i, m)); });
+    mean = reduce_add(total) / static_cast<float>(n);
+  }
+  F16x square = zero();
+  const F16x centre = splat(mean);
+  lanes_of(n, [&](int i, int m) {
+    F16x d = load_n(x + i, m);
+    if (layer) {
+      float lane[16] = {};
+      store_n(lane, sub(d, centre), m);
+      d = load(lane);
+    }
+    square = fma(d, d, square);
+  });
+  const F16x factor = splat(1.0f / std::sqrt(reduce_add(square) / static_cast<float>(n) + eps));
+  lanes_of(n, [&](int i, int m) {
+    F16x y = mul(mul(sub(load_n(x + i, m), centre), factor), load_n(weight + i, m));
+    if (bias) y = add(y, load_n(bias + i, m));
+    if (added) y = add(y, load_n(added + i, m));
+    store_n(out + i, y, m);
+  });
+}
+
+// Dynamic int8, symmetric, per 32 elements: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)).
+inline void quantise(const float* x, int k, QuantRows row) {
+  for (int g = 0; g < row.k_pad / 32; ++g) {
+    const int left = k - g * 32;
+    const F16x a = load_n(x + g * 32, left >= 16 ? 16 : left < 0 ? 0 : left);
+    const F16x b = left > 16 ? load_n(x + g * 32 + 16, left >= 32 ? 16 : left - 16) : zero();
+    const float most = reduce_max(max(abs(a), abs(b)));
+    const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+    const F16x qa = round(mul(a, inverse)), qb = round(mul(b, inverse));
+    store_int8(row.q + g * 32, to_int(qa));
+    store_int8(row.q + g * 32 + 16, to_int(qb));
+    const int32_t sa = static_cast<int32_t>(reduce_add(qa)), sb = static_cast<int32_t>(reduce_add(qb));
+    row.scale[g] = most / 127.0f;
+    row.minus16[2 * g] = -sa;
+    row.minus16[2 * g + 1] = -sb;
+    row.minus32[g] = -(sa + sb);
+  }
+}
+
+inline void activate(const float* gate, const float* up, int n, Act act, float* out) {
+  lanes_of(n, [&](int i, int m) {
+    F16x y = act_lanes(load_n(gate + i, m), act);
+    if (up) y = mul(y, load_n(up + i, m));
+    store_n(out + i, y, m);
+  });
+}
+
+inline float one_scale(const uint8_t* p, ScaleType type, int lane) {
+  if (type == ScaleType::F32) return reinterpret_cast<const float*>(p)[lane];
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(p)[lane];
+  if (type == ScaleType::F16) return half_to_float(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+inline float one_dense(const Weight& w, const uint8_t* panel, int lane, int k) {
+  if (w.code == Code::F32) return reinterpret_cast<const float*>(panel)[k * 16 + lane];
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(panel);
+  if (w.code == Code::F16) return half_to_float(p[k * 16 + lane]);
+  const uint32_t wide = static_cast<uint32_t>(p[(k / 2 * 16 + lane) * 2 + k % 2]) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+inline float one_integer(const Weight& w, int panel, int lane, int k) {
+  const uint8_t* codes = w.codes + panel * w.panel_bytes;
+  int code;
+  if (w.code == Code::INT4) {
+    const uint8_t byte = codes[(k / 8 * 16 + lane) * 4 + k % 4];
+    code = k % 8 < 4 ? byte & 15 : byte >> 4;
+  } else {
+    code = codes[(k / 4 * 16 + lane) * 4 + k % 4];
+  }
+  const size_t line = panel * w.panel_scale_bytes + k / (w.fold * w.folds_per_group) * scale_line(w.scale_type);
+  const float scale = one_scale(w.scales + line, w.scale_type, lane);
+  if (w.has_min) return scale * static_cast<float>(code) + one_scale(w.mins + line, w.scale_type, lane);
+  return scale * static_cast<float>(code - (1 << w.zero_shift));
+}
+
+inline void dequantise_row(const Weight& w, int row, float factor, float* out) {
+  const int panel = row / 16, lane = row % 16;
+  if (w.integer()) {
+    for (int k = 0; k < w.k; ++k) out[k] = one_integer(w, panel, lane, k) * factor;
+    return;
+  }
+  const uint8_t* codes = w.codes + panel * w.panel_bytes;
+  for (int k = 0; k < w.k; ++k) out[k] = one_dense(w, codes, lane, k) * factor;
+}
+
+// The lowest index of the greatest value, as numpy's argmax.
+inline int argmax(const float* x, int n) {
+  F16x most = splat(-__builtin_inff());
+  lanes_of(n, [&](int i, int m) {
+    if (m == 16) most = max(most, load(x + i));
+  });
+  float best = reduce_max(most);
+  for (int i = n / 16 * 16; i < n; ++i) best = x[i] > best ? x[i] : best;
+  for (int i = 0; i < n; ++i)
+    if (x[i] == best) return i;
+  return 0;
+}

@@ -1,0 +1,22 @@
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace miaotui {
+namespace kernels_in_portable {
+namespace {
+
+#define MIAOTUI_INLINE inline
+#include "simd_portable.h"
+// The lanes must be defined first.
+#include "kernels_impl.h"
+
+constexpr Kernels table{"portable", linear, norm, quantise, activate, dequantise_row, argmax};
+
+}  // namespace
+}  // namespace kernels_in_portable
+
+const Kernels* kernels_portable() { return &kernels_in_portable::table; }
+
+}  // namespace miaotui

@@ -1,0 +1,112 @@
+#include "pool.h"
+
+#include <chrono>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#ifdef MIAOTUI_X86
+#include <immintrin.h>
+#endif
+
+namespace miaotui {
+namespace {
+
+inline void relax() {
+#ifdef MIAOTUI_X86
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+void bind_to(int cpu) {
+#ifdef __linux__
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);  // a refusal leaves the thread where the kernel wants it
+#else
+  (void)cpu;
+#endif
+}
+
+// Longer than the host's work between two steps, so that decoding never pays for waking a thread.
+constexpr auto kSpin = std::chrono::microseconds(300);
+constexpr int kSpinsBeforeYield = 4000;
+
+}  // namespace
+
+Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads < 1 ? 1 : threads) {
+  for (int i = 1; i < threads_; ++i) {
+    const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(i) % cpus.size()];
+    workers_.emplace_back([this, i, cpu] { worker(i, cpu); });
+  }
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_.store(true);
+    epoch_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& thread : workers_) thread.join();
+}
+
+// A parked worker counts itself before it looks at the epoch, and run() moves the epoch before it looks at the
+// count: one of the two sees the other.
+bool Pool::wait_for_work(uint64_t seen) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  for (int i = 0;; ++i) {
+    if (epoch_.load(std::memory_order_acquire) != seen) return !stop_.load();
+    relax();
+    if (i % 64 == 63 && std::chrono::steady_clock::now() > deadline) break;
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  sleepers_.fetch_add(1);
+  wake_.wait(lock, [&] { return epoch_.load() != seen; });
+  sleepers_.fetch_sub(1);
+  return !stop_.load();
+}
+
+void Pool::worker(int thread, int cpu) {
+  if (cpu >= 0) bind_to(cpu);
+  uint64_t seen = 0;
+  while (wait_for_work(seen)) {
+    seen = epoch_.load(std::memory_order_acquire);
+    job_(context_, thread);
+    barrier();
+  }
+}
+
+void Pool::run(void (*job)(void*, int), void* context) {
+  job_ = job;
+  context_ = context;
+  if (threads_ == 1) return job(context, 0);
+  epoch_.fetch_add(1);
+  if (sleepers_.load() > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  job(context, 0);
+  barrier();
+}
+
+void Pool::barrier() {
+  if (threads_ == 1) return;
+  const uint64_t generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; generation_.load(std::memory_order_acquire) == generation; ++i) {
+    if (i < kSpinsBeforeYield)
+      relax();
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace miaotui

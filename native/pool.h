@@ -1,0 +1,57 @@
+// Threads that live as long as the model: they spin briefly for the next step, then park and cost nothing.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace miaotui {
+
+class Pool {
+ public:
+  // `threads` includes the caller of run(), which is thread 0. Thread i is bound to cpus[i] when cpus is not empty.
+  explicit Pool(int threads, const std::vector<int>& cpus = {});
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls job(context, thread) on every thread and returns when all are done. One caller at a time.
+  void run(void (*job)(void*, int), void* context);
+
+  // Inside a job: returns when every thread has arrived.
+  void barrier();
+
+  template <typename F>
+  void each(F&& f) {  // f(thread)
+    run([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &f);
+  }
+
+ private:
+  void worker(int thread, int cpu);
+  bool wait_for_work(uint64_t seen);
+
+  const int threads_;
+  std::vector<std::thread> workers_;
+  void (*job_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+  std::atomic<bool> stop_{false};
+  alignas(64) std::atomic<uint64_t> epoch_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint64_t> generation_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// [first, last) of `count` for one thread: contiguous, sizes differing by at most one.
+inline void share_of(int count, int thread, int threads, int& first, int& last) {
+  first = static_cast<int>(static_cast<int64_t>(count) * thread / threads);
+  last = static_cast<int>(static_cast<int64_t>(count) * (thread + 1) / threads);
+}
+
+}  // namespace miaotui

@@ -1,0 +1,22 @@
+// What this machine can do at most, measured: the ceilings beside which our figures are shown.
+#pragma once
+
+namespace miaotui {
+
+double probe_bandwidth(int threads, double megabytes, double seconds);  // GB/s, read
+double probe_int8(int threads, double seconds);                         // TOPS
+double probe_fp32(int threads, double seconds);                         // TFLOP/s
+
+// The inner loops, by instruction set: operations (or bytes) done in one call.
+struct ProbeKernels {
+  double (*read)(const unsigned char* data, long bytes);  // returns bytes
+  double (*int8)(long rounds);
+  double (*fp32)(long rounds);
+};
+const ProbeKernels* probe_kernels_portable();
+#ifdef MIAOTUI_X86
+const ProbeKernels* probe_kernels_avx2();
+const ProbeKernels* probe_kernels_avx512();
+#endif
+
+}  // namespace miaotui

@@ -1,0 +1,54 @@
+// The probes' inner loops over sixteen lanes; included like kernels_impl.h.
+
+// Unknown to the optimiser: keeps a value alive, or hides where it came from.
+template <typename T>
+MIAOTUI_INLINE void keep(T& value) {
+  __asm__ volatile("" : : "r"(&value) : "memory");
+}
+
+inline double probe_read(const unsigned char* data, long bytes) {
+  F16x a = zero(), b = zero(), c = zero(), d = zero();
+  const float* p = reinterpret_cast<const float*>(data);
+  for (long i = 0; i + 64 <= bytes / 4; i += 64) {
+    a = max(a, load(p + i)), b = max(b, load(p + i + 16));
+    c = max(c, load(p + i + 32)), d = max(d, load(p + i + 48));
+  }
+  a = max(max(a, b), max(c, d));
+  keep(a);
+  return static_cast<double>(bytes);
+}
+
+constexpr int kChains = kMaxTile >= 12 ? 12 : 4;
+
+inline double probe_dot(long rounds) {
+  alignas(64) uint8_t codes[64];
+  alignas(64) int8_t four[64];
+  std::memset(codes, 3, 64);
+  std::memset(four, 1, 64);
+  keep(codes), keep(four);
+  const Bytes w = load_bytes(codes);
+  I16x sum[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) sum[i] = isplat(0);
+  for (long r = 0; r < rounds; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = dot4<false>(sum[i], w, four);
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) keep(sum[i]);
+  return static_cast<double>(rounds) * kChains * 64 * 2;
+}
+
+inline double probe_fma(long rounds) {
+  float one = 1.0f;
+  keep(one);
+  const F16x x = splat(one), y = splat(one * 0.5f);
+  F16x sum[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) sum[i] = zero();
+  for (long r = 0; r < rounds; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = fma(sum[i], y, x);
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) keep(sum[i]);
+  return static_cast<double>(rounds) * kChains * 16 * 2;
+}

@@ -1,0 +1,137 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+
+namespace miaotui {
+
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> isas = [] {
+    std::vector<Isa> found;
+#ifdef MIAOTUI_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+      found.push_back({"avx512bf16", kernels_avx512(), attention_kernels_avx512bf16()});
+    if (avx512) found.push_back({"avx512", kernels_avx512(), attention_kernels_avx512()});
+    if (avx2) found.push_back({"avx2", kernels_avx2(), attention_kernels_avx2()});
+#endif
+    found.push_back({"portable", kernels_portable(), attention_kernels_portable()});
+    return found;
+  }();
+  return isas;
+}
+
+Program::Program(std::shared_ptr<Pool> pool, const Isa& isa, Limits limits, size_t arena_floats)
+    : pool_(std::move(pool)), limits_(limits), arena_(arena_floats * sizeof(float) + 64) {
+  context_.threads = pool_->threads();
+  context_.kernels = isa.kernels;
+  context_.attention = isa.attention;
+  seq_of_token_.resize(static_cast<size_t>(limits.max_tokens));
+}
+
+void Program::finish() {
+  size_t workspace = 0, scratch = 0, attention = 0;
+  for (const auto& op : ops_) {
+    workspace = std::max(workspace, op->workspace_bytes(limits_));
+    scratch = std::max(scratch, op->scratch_bytes());
+    attention = std::max(attention, op->attention_bytes(limits_, threads()));
+  }
+  scratch = round_up(scratch, 4096);
+  workspace_ = Memory(workspace + 64);
+  scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64);
+  attention_scratch_ = Memory(attention + 64);
+  context_.workspace = workspace_.data();
+  context_.attention_scratch = attention_scratch_.data();
+  context_.scratch.clear();
+  for (int t = 0; t < threads(); ++t) context_.scratch.push_back(scratch_.data() + scratch * static_cast<size_t>(t));
+}
+
+void Program::needs_cache(int layer, LayerCache* cache, size_t bytes) {
+  if (layers_.size() <= static_cast<size_t>(layer)) layers_.resize(static_cast<size_t>(layer) + 1);
+  LayerSlot& slot = layers_[static_cast<size_t>(layer)];
+  slot.users.push_back(cache);
+  slot.bytes = bytes;
+}
+
+size_t Program::block_bytes() const {
+  size_t total = 0;
+  for (const LayerSlot& slot : layers_) total += slot.bytes;
+  return total;
+}
+
+void Program::allocate_cache(int64_t blocks) {
+  cache_ = Memory(block_bytes() * static_cast<size_t>(blocks));
+  blocks_ = blocks;
+  uint8_t* base = cache_.data();
+  for (const LayerSlot& slot : layers_) {
+    for (LayerCache* user : slot.users) {
+      user->base = base;
+      user->block_stride = slot.bytes;
+    }
+    base += slot.bytes * static_cast<size_t>(blocks);
+  }
+}
+
+void Program::copy_block(int64_t from, int64_t to) {
+  if (from < 0 || to < 0 || from >= blocks_ || to >= blocks_) throw std::out_of_range("no such cache block");
+  uint8_t* base = cache_.data();
+  for (const LayerSlot& slot : layers_) {
+    std::memcpy(base + slot.bytes * static_cast<size_t>(to), base + slot.bytes * static_cast<size_t>(from), slot.bytes);
+    base += slot.bytes * static_cast<size_t>(blocks_);
+  }
+}
+
+void Program::run(const StepView& step) {
+  if (step.tokens < 1 || step.tokens > limits_.max_tokens || step.seqs < 1 || step.seqs > limits_.max_seqs ||
+      step.rows > limits_.max_rows)
+    throw std::invalid_argument("the step is larger than the program was recorded for");
+  if (blocks_ < 1) throw std::invalid_argument("the cache has not been allocated");
+  context_.step = step;
+  for (int s = 0; s < step.seqs; ++s) {
+    if (step.query_start[s + 1] < step.query_start[s] || step.query_start[s + 1] > step.tokens)
+      throw std::invalid_argument("query_start must ascend to the number of tokens");
+    for (int t = step.query_start[s]; t < step.query_start[s + 1]; ++t) seq_of_token_[static_cast<size_t>(t)] = s;
+  }
+  context_.step.seq_of_token = seq_of_token_.data();
+  pool_->each([this](int thread) { replay(thread); });
+  if (profiling_) ++profiled_runs_;
+}
+
+void Program::replay(int thread) {
+  using Clock = std::chrono::steady_clock;
+  const bool timed = profiling_ && thread == 0;
+  auto begin = timed ? Clock::now() : Clock::time_point();
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const Op& op = *ops_[i];
+    const int phases = op.phases(context_);
+    for (int phase = 0; phase < phases; ++phase) {
+      op.run(context_, phase, thread);
+      if (phase + 1 < phases || op.barrier) pool_->barrier();
+    }
+    if (timed) {
+      const auto now = Clock::now();
+      seconds_[i] += std::chrono::duration<double>(now - begin).count();
+      begin = now;
+    }
+  }
+}
+
+void Program::set_profiling(bool on) {
+  profiling_ = on;
+  profiled_runs_ = 0;
+  seconds_.assign(ops_.size(), 0.0);
+}
+
+std::vector<std::pair<std::string, double>> Program::profile() const {
+  std::vector<std::pair<std::string, double>> rows;
+  for (size_t i = 0; i < ops_.size() && i < seconds_.size(); ++i) rows.emplace_back(ops_[i]->name, seconds_[i]);
+  return rows;
+}
+
+}  // namespace miaotui

@@ -1,0 +1,121 @@
+// A decoder's step, recorded once and replayed natively: a flat list of ops with resolved pointers.
+//
+// Recording (from Python) names arena offsets, weights and switches. run() replays every op on the pool in one call;
+// nothing is allocated. Between two ops stands a barrier unless the first says that none is needed.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+#include "memory.h"
+#include "pack.h"
+#include "pool.h"
+#include "step.h"
+
+namespace miaotui {
+
+struct Limits {
+  int max_tokens = 0, max_seqs = 0, max_rows = 0, max_model_len = 0;
+};
+
+// What an op sees of the step that is running.
+struct Context {
+  StepView step;
+  int threads = 1;
+  const Kernels* kernels = nullptr;
+  const AttentionKernels* attention = nullptr;
+  uint8_t* workspace = nullptr;   // shared by all threads: a linear's prepared rows
+  std::vector<uint8_t*> scratch;  // one for each thread
+  uint8_t* attention_scratch = nullptr;
+};
+
+class Op {
+ public:
+  explicit Op(std::string name) : name(std::move(name)) {}
+  virtual ~Op() = default;
+  // Phases of this step, with a barrier between them. The same answer on every thread.
+  virtual int phases(const Context&) const { return 1; }
+  virtual void run(const Context& context, int phase, int thread) const = 0;
+  virtual size_t workspace_bytes(const Limits&) const { return 0; }
+  virtual size_t scratch_bytes() const { return 0; }
+  virtual size_t attention_bytes(const Limits&, int) const { return 0; }
+
+  std::string name;
+  bool barrier = true;  // after the last phase
+};
+
+// A float32 matrix in the arena; `stride` floats from row to row.
+struct Buffer {
+  float* data = nullptr;
+  int64_t width = 0;
+  int64_t stride = 0;
+};
+
+struct NormParams {
+  std::vector<float> weight, bias;
+  float eps = 0.0f;
+  bool layer = false;
+};
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  const AttentionKernels* attention;
+};
+
+// Those this CPU can run, best first.
+const std::vector<Isa>& available_isas();
+
+class Program {
+ public:
+  Program(std::shared_ptr<Pool> pool, const Isa& isa, Limits limits, size_t arena_floats);
+
+  float* arena(size_t offset) const { return reinterpret_cast<float*>(arena_.data()) + offset; }
+  void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+  void keep(std::shared_ptr<PackedWeight> weight) { weights_.push_back(std::move(weight)); }
+  // A layer's cache pointer that allocate_cache() will set; the args live as long as the program.
+  void needs_cache(int layer, LayerCache* cache, size_t bytes);
+  void finish();  // sizes the workspaces; afterwards no op may be added
+
+  // The step's arrays stay the caller's; throws std::invalid_argument when it exceeds the limits.
+  void run(const StepView& step);
+
+  // Room for `blocks` blocks of every layer, zeroed and untouched.
+  void allocate_cache(int64_t blocks);
+  void copy_block(int64_t from, int64_t to);
+  size_t block_bytes() const;  // over all layers
+  int64_t blocks() const { return blocks_; }
+
+  const Limits& limits() const { return limits_; }
+  int threads() const { return pool_->threads(); }
+  void set_profiling(bool on);
+  // (op name, seconds of thread 0 with its barrier, runs) since profiling was set.
+  std::vector<std::pair<std::string, double>> profile() const;
+  long profiled_runs() const { return profiled_runs_; }
+
+ private:
+  void replay(int thread);
+
+  std::shared_ptr<Pool> pool_;
+  Limits limits_;
+  Memory arena_, workspace_, scratch_, attention_scratch_;
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::vector<std::shared_ptr<PackedWeight>> weights_;
+  struct LayerSlot {
+    std::vector<LayerCache*> users;
+    size_t bytes = 0;  // of one block
+  };
+  std::vector<LayerSlot> layers_;
+  Memory cache_;
+  int64_t blocks_ = 0;
+  std::vector<int32_t> seq_of_token_;
+  Context context_;
+  bool profiling_ = false;
+  long profiled_runs_ = 0;
+  std::vector<double> seconds_;
+};
+
+}  // namespace miaotui

@@ -1,0 +1,134 @@
+// Sixteen lanes as two 256-bit registers (AVX2, FMA, F16C). See simd_portable.h for the meanings.
+
+constexpr int kMaxTile = 3;
+
+struct F16x {
+  __m256 a, b;
+};
+struct I16x {
+  __m256i a, b;
+};
+struct Bytes {
+  __m256i a, b;
+};
+
+#define MIAOTUI_INLINE inline __attribute__((always_inline))
+
+MIAOTUI_INLINE __m256i first8(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+MIAOTUI_INLINE F16x zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+MIAOTUI_INLINE F16x splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+MIAOTUI_INLINE F16x load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MIAOTUI_INLINE F16x load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, first8(n)), _mm256_maskload_ps(p + 8, first8(n - 8))};
+}
+MIAOTUI_INLINE void store(float* p, F16x x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+MIAOTUI_INLINE void store_n(float* p, F16x x, int n) {
+  _mm256_maskstore_ps(p, first8(n), x.a);
+  _mm256_maskstore_ps(p + 8, first8(n - 8), x.b);
+}
+MIAOTUI_INLINE F16x add(F16x x, F16x y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x sub(F16x x, F16x y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x mul(F16x x, F16x y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x div(F16x x, F16x y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x fma(F16x x, F16x y, F16x z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+MIAOTUI_INLINE F16x max(F16x x, F16x y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x min(F16x x, F16x y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x abs(F16x x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+MIAOTUI_INLINE F16x round(F16x x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+MIAOTUI_INLINE F16x to_float(I16x x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+MIAOTUI_INLINE I16x to_int(F16x x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+MIAOTUI_INLINE float reduce_add(F16x x) {
+  __m256 b = _mm256_add_ps(x.a, x.b);
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+MIAOTUI_INLINE float reduce_max(F16x x) {
+  __m256 b = _mm256_max_ps(x.a, x.b);
+  __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+MIAOTUI_INLINE F16x pow2(I16x n) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.a, bias), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.b, bias), 23))};
+}
+MIAOTUI_INLINE I16x isplat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+MIAOTUI_INLINE I16x iadd(I16x x, I16x y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+template <int N>
+MIAOTUI_INLINE I16x shift_left(I16x x) {
+  return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+}
+MIAOTUI_INLINE void store_int8(int8_t* p, I16x x) {
+  __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+MIAOTUI_INLINE Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+MIAOTUI_INLINE Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+MIAOTUI_INLINE Bytes high_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
+}
+// Codes over 127 would saturate vpmaddubsw, so they are taken as (code - 128) with the sign moved to the
+// activation, and 128 * sum(a) is given back.
+template <bool WIDE>
+MIAOTUI_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (!WIDE) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
+  __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  __m256i part = _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred));
+  __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(64), a);  // 64 * (a0 + a1) fits in 16 bits; twice it = 128
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(part, ones));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(offset, _mm256_set1_epi16(2)));
+}
+template <bool WIDE>
+MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
+  int32_t four;
+  std::memcpy(&four, a, 4);
+  const __m256i x = _mm256_set1_epi32(four);
+  return {dot4_half<WIDE>(acc.a, w.a, x), dot4_half<WIDE>(acc.b, w.b, x)};
+}
+template <int J>
+MIAOTUI_INLINE F16x byte_lane(Bytes x) {
+  const __m256i mask = _mm256_set1_epi32(255);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * J), mask)),
+          _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.b, 8 * J), mask))};
+}
+MIAOTUI_INLINE F16x load_f16(const uint16_t* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+MIAOTUI_INLINE F16x load_bf16(const uint16_t* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+}
+MIAOTUI_INLINE void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  const __m256i x = _mm256_loadu_si256(q), y = _mm256_loadu_si256(q + 1);
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(y, high))};
+}
+MIAOTUI_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

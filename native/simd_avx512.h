@@ -1,0 +1,73 @@
+// Sixteen lanes as one 512-bit register (AVX-512 F, BW, VL, DQ, VNNI). See simd_portable.h for the meanings.
+
+constexpr int kMaxTile = 12;
+
+using F16x = __m512;
+using I16x = __m512i;
+using Bytes = __m512i;
+
+#define MIAOTUI_INLINE inline __attribute__((always_inline))
+
+MIAOTUI_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+MIAOTUI_INLINE F16x zero() { return _mm512_setzero_ps(); }
+MIAOTUI_INLINE F16x splat(float x) { return _mm512_set1_ps(x); }
+MIAOTUI_INLINE F16x load(const float* p) { return _mm512_loadu_ps(p); }
+MIAOTUI_INLINE F16x load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+MIAOTUI_INLINE void store(float* p, F16x a) { _mm512_storeu_ps(p, a); }
+MIAOTUI_INLINE void store_n(float* p, F16x a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
+MIAOTUI_INLINE F16x add(F16x a, F16x b) { return _mm512_add_ps(a, b); }
+MIAOTUI_INLINE F16x sub(F16x a, F16x b) { return _mm512_sub_ps(a, b); }
+MIAOTUI_INLINE F16x mul(F16x a, F16x b) { return _mm512_mul_ps(a, b); }
+MIAOTUI_INLINE F16x div(F16x a, F16x b) { return _mm512_div_ps(a, b); }
+MIAOTUI_INLINE F16x fma(F16x a, F16x b, F16x c) { return _mm512_fmadd_ps(a, b, c); }
+MIAOTUI_INLINE F16x max(F16x a, F16x b) { return _mm512_max_ps(a, b); }
+MIAOTUI_INLINE F16x min(F16x a, F16x b) { return _mm512_min_ps(a, b); }
+MIAOTUI_INLINE F16x abs(F16x a) { return _mm512_abs_ps(a); }
+MIAOTUI_INLINE F16x round(F16x a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+MIAOTUI_INLINE F16x to_float(I16x a) { return _mm512_cvtepi32_ps(a); }
+MIAOTUI_INLINE I16x to_int(F16x a) { return _mm512_cvtps_epi32(a); }
+MIAOTUI_INLINE float reduce_add(F16x a) {
+  __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+MIAOTUI_INLINE float reduce_max(F16x a) { return _mm512_reduce_max_ps(a); }
+MIAOTUI_INLINE F16x pow2(I16x n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
+MIAOTUI_INLINE I16x isplat(int32_t x) { return _mm512_set1_epi32(x); }
+MIAOTUI_INLINE I16x iadd(I16x a, I16x b) { return _mm512_add_epi32(a, b); }
+template <int N>
+MIAOTUI_INLINE I16x shift_left(I16x a) {
+  return _mm512_slli_epi32(a, N);
+}
+MIAOTUI_INLINE void store_int8(int8_t* p, I16x a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+MIAOTUI_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+MIAOTUI_INLINE Bytes low_nibbles(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+MIAOTUI_INLINE Bytes high_nibbles(Bytes a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+// Issued directly: left to itself the compiler splits the broadcast from the product and spills the tile.
+template <bool WIDE>
+MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(a)));
+  return acc;
+}
+template <int J>
+MIAOTUI_INLINE F16x byte_lane(Bytes a) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a, 8 * J), _mm512_set1_epi32(255)));
+}
+MIAOTUI_INLINE F16x load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MIAOTUI_INLINE F16x load_bf16(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+MIAOTUI_INLINE void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
+  __m512i both = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+MIAOTUI_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,0 +1,165 @@
+// Sixteen lanes in plain C++: the slow twin of simd_avx2.h and simd_avx512.h, and what other machines run.
+// Included inside a per-instruction-set namespace, so that no inline function is shared between them.
+
+constexpr int kMaxTile = 2;
+
+struct F16x {  // sixteen float32 lanes
+  float v[16];
+};
+struct I16x {  // sixteen int32 lanes
+  int32_t v[16];
+};
+struct Bytes {  // 64 unsigned bytes: 16 rows x 4 codes
+  uint8_t v[64];
+};
+
+#define MIAOTUI_LANES for (int i = 0; i < 16; ++i)
+
+inline F16x zero() { return F16x{}; }
+inline F16x splat(float x) {
+  F16x r;
+  MIAOTUI_LANES r.v[i] = x;
+  return r;
+}
+inline F16x load(const float* p) {
+  F16x r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline F16x load_n(const float* p, int n) {
+  F16x r{};
+  std::memcpy(r.v, p, sizeof(float) * n);
+  return r;
+}
+inline void store(float* p, F16x a) { std::memcpy(p, a.v, 64); }
+inline void store_n(float* p, F16x a, int n) { std::memcpy(p, a.v, sizeof(float) * n); }
+inline F16x add(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] += b.v[i];
+  return a;
+}
+inline F16x sub(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] -= b.v[i];
+  return a;
+}
+inline F16x mul(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] *= b.v[i];
+  return a;
+}
+inline F16x div(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] /= b.v[i];
+  return a;
+}
+inline F16x fma(F16x a, F16x b, F16x c) {
+  MIAOTUI_LANES c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+inline F16x max(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline F16x min(F16x a, F16x b) {
+  MIAOTUI_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline F16x abs(F16x a) {
+  MIAOTUI_LANES a.v[i] = std::fabs(a.v[i]);
+  return a;
+}
+inline F16x round(F16x a) {
+  MIAOTUI_LANES a.v[i] = std::nearbyintf(a.v[i]);
+  return a;
+}
+inline F16x to_float(I16x a) {
+  F16x r;
+  MIAOTUI_LANES r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+inline I16x to_int(F16x a) {  // of already rounded values
+  I16x r;
+  MIAOTUI_LANES r.v[i] = static_cast<int32_t>(a.v[i]);
+  return r;
+}
+// Lanes in a fixed tree, the same in every instruction set: (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+inline float reduce_add(F16x a) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+inline float reduce_max(F16x a) {
+  float m = a.v[0];
+  for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+inline F16x pow2(I16x n) {  // 2^n for n in [-126, 127]
+  F16x r;
+  MIAOTUI_LANES {
+    uint32_t bits = static_cast<uint32_t>(n.v[i] + 127) << 23;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
+inline I16x isplat(int32_t x) {
+  I16x r;
+  MIAOTUI_LANES r.v[i] = x;
+  return r;
+}
+inline I16x iadd(I16x a, I16x b) {
+  MIAOTUI_LANES a.v[i] += b.v[i];
+  return a;
+}
+template <int N>
+inline I16x shift_left(I16x a) {
+  MIAOTUI_LANES a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N);
+  return a;
+}
+inline void store_int8(int8_t* p, I16x a) { MIAOTUI_LANES p[i] = static_cast<int8_t>(a.v[i]); }
+
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline Bytes low_nibbles(Bytes a) {
+  for (int i = 0; i < 64; ++i) a.v[i] &= 15;
+  return a;
+}
+inline Bytes high_nibbles(Bytes a) {
+  for (int i = 0; i < 64; ++i) a.v[i] >>= 4;
+  return a;
+}
+// acc[row] += sum over j of codes[row][j] * activations[j]; WIDE says that codes may exceed 127.
+template <bool WIDE>
+inline I16x dot4(I16x acc, Bytes w, const int8_t* a) {
+  MIAOTUI_LANES acc.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
+  return acc;
+}
+// Byte j of each lane as a float.
+template <int J>
+inline F16x byte_lane(Bytes a) {
+  F16x r;
+  MIAOTUI_LANES r.v[i] = a.v[4 * i + J];
+  return r;
+}
+inline F16x load_f16(const uint16_t* p) {
+  F16x r;
+  MIAOTUI_LANES r.v[i] = half_to_float(p[i]);
+  return r;
+}
+inline F16x load_bf16(const uint16_t* p) {
+  F16x r;
+  MIAOTUI_LANES {
+    uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
+// Lanes hold pairs (even k, odd k) of bfloat16.
+inline void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
+  MIAOTUI_LANES {
+    uint32_t e = static_cast<uint32_t>(p[2 * i]) << 16, o = static_cast<uint32_t>(p[2 * i + 1]) << 16;
+    std::memcpy(&even.v[i], &e, 4);
+    std::memcpy(&odd.v[i], &o, 4);
+  }
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+#undef MIAOTUI_LANES

@@ -1,0 +1,139 @@
+"""The CPU backend: a recorder for the weights and the step, and the executor that replays it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miaotui.backends.cpu import _native
+from miaotui.backends.cpu.emit import Emitter, Place
+from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
+from miaotui.backends.cpu.ops import CpuOps
+from miaotui.backends.cpu.plan import fused, place, split_permutations
+from miaotui.backends.cpu.weights import Matrix
+from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
+from miaotui.errors import UsageError
+from miaotui.hardware import detect
+
+
+class CpuBackend:
+    """Native kernels on `threads` threads (default: the physical cores this process may use).
+
+    compute "auto" multiplies integer weights with activations quantised to int8 per 32 elements; "fp32" computes
+    everything in float32, exactly as stored. `isa` names an instruction set of `_native.isas()` (default: the best).
+    """
+
+    def __init__(
+        self,
+        shape: StepShape,
+        cache: CacheSpec,
+        *,
+        compute: ComputeType = "auto",
+        threads: int | None = None,
+        isa: str | None = None,
+        fuse: bool = True,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads cannot compute anything.", "Give --threads a positive number.")
+        self.shape = shape
+        self.cache = cache
+        self._quantised = compute == "auto"
+        self._isa = isa or _native.isas()[0]
+        self._fuse = fuse
+        self._pool = _native.Pool(threads or detect.usable_cores())
+        self._ops = CpuOps(self._pool)
+
+    @property
+    def ops(self) -> Ops[Value]:
+        return self._ops
+
+    def record(self, forward: Callable[[Ops[Value]], Value]) -> CpuExecutor:
+        """Lead the decoder through once and turn what it did into a native program."""
+        logits = forward(self._ops)
+        nodes = fused(self._ops.nodes) if self._fuse else self._ops.nodes
+        rows = self.shape
+        ropes = _ropes(nodes)
+        tables = [rows.max_tokens * len(rope.inv_freq) for rope in ropes for _ in ("cos", "sin")]
+        places, lasting = place(nodes, rows, tables)
+        program = _native.Program(
+            self._pool,
+            self._isa,
+            rows.max_tokens,
+            rows.max_seqs,
+            rows.max_logits_rows,
+            rows.max_model_len,
+            places.floats,
+        )
+        turns: dict[Rope, tuple[Place, Place]] = {}
+        for index, rope in enumerate(ropes):
+            half = len(rope.inv_freq)
+            cos, sin = (lasting[2 * index], half), (lasting[2 * index + 1], half)
+            program.angles(np.ascontiguousarray(rope.inv_freq, dtype=np.float32), rope.factor, cos, sin)
+            turns[rope] = (cos, sin)
+        emitter = Emitter(program, places, turns, self.cache.type, self._quantised)
+        for node, parts in split_permutations(nodes):
+            emitter.emit(node, parts)
+        program.finish()
+        return CpuExecutor(program, (places.offset[logits], logits.width), rows, _weight_bytes(nodes))
+
+
+class CpuExecutor:
+    """Replays the program: one native call a step, without the GIL."""
+
+    def __init__(self, program: _native.Program, logits: Place, shape: StepShape, weight_bytes: int) -> None:
+        self.shape = shape
+        self.vocab_size = logits[1]
+        self.weight_bytes = weight_bytes
+        self.block_bytes: int = program.block_bytes
+        self._program = program
+        self._logits = program.view(logits, shape.max_logits_rows)
+
+    def allocate_cache(self, blocks: int) -> None:
+        self._program.allocate_cache(blocks)
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        self._program.run(
+            step.tokens, step.positions, step.query_start, step.context_len, step.block_table, step.logits_rows
+        )
+        rows: NDArray[np.float32] = self._logits[: len(step.logits_rows)]
+        return rows
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for source, destination in pairs:
+            self._program.copy_block(source, destination)
+
+    def start_profile(self) -> None:
+        """Begin to time every op of the steps that follow (on the first thread, waiting included)."""
+        self._program.set_profiling(True)
+
+    def stop_profile(self) -> tuple[list[tuple[str, float]], int]:
+        """(op, seconds) in order of execution, summed over the steps since `start_profile`, and their number."""
+        rows, steps = self._program.profile(), self._program.profiled_runs
+        self._program.set_profiling(False)
+        return rows, steps
+
+    def close(self) -> None:
+        del self._logits, self._program
+
+
+def _ropes(nodes: list[Node]) -> list[Rope]:
+    """The distinct rotary embeddings, in order of first use."""
+    found: dict[Rope, None] = {}
+    for node in nodes:
+        if isinstance(node, RopeNode | AttentionNode) and node.attention.rope is not None:
+            found.setdefault(node.attention.rope)
+    return list(found)
+
+
+def _weight_bytes(nodes: list[Node]) -> int:
+    """Bytes of weights that one token's step reads; of routed experts, the top_k it goes through."""
+    total = 0
+    for node in nodes:
+        if isinstance(node, LinearNode):
+            total += sum(part.nbytes for part in node.weight.parts)
+        elif isinstance(node, ExpertsNode):
+            every: list[Matrix] = [m for e in (*node.weight.gate_up, *node.weight.down) for m in e.parts]
+            total += sum(m.nbytes for m in every) * node.top_k // len(node.weight.down)
+    return total
