@@ -100,7 +100,8 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
 def _types(metadata: Mapping[str, Any]) -> Sequence[int]:
     """The kind of each token; all normal where the file states none."""
     tokens = _array(metadata, "tokens")
-    types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    stated = metadata.get("tokenizer.ggml.token_type")
+    types = [_NORMAL] * len(tokens) if stated is None else [int(kind) for kind in stated]
     if len(types) != len(tokens):
         raise CheckpointError("The GGUF file has not one type per token.", "Convert the model to GGUF again.")
     return types
