@@ -1,0 +1,24 @@
+// What attention needs of AVX-512 beyond simd_avx512.h. See attention_impl.h for the meanings.
+
+MIAOTUI_INLINE F16x keep_lanes(F16x x, int from, int to) {
+  const __mmask16 kept = static_cast<__mmask16>(((1u << (to < 16 ? to : 16)) - 1) & ~((1u << (from > 0 ? from : 0)) - 1));
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), kept, x);
+}
+MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), r);
+}
+MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+struct KeyBytes {
+  __m512i even, odd;  // per position d 0 and 2, and d 1 and 3, as int16
+};
+MIAOTUI_INLINE KeyBytes load_key_bytes(const uint8_t* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+}
+MIAOTUI_INLINE I16x dot_key_bytes(I16x acc, const KeyBytes& k, const int32_t* q02, const int32_t* q13) {
+  acc = _mm512_dpwssd_epi32(acc, k.even, _mm512_set1_epi32(*q02));
+  return _mm512_dpwssd_epi32(acc, k.odd, _mm512_set1_epi32(*q13));
+}

@@ -1,0 +1,432 @@
+// The attention kernels, written once over sixteen lanes. An attention_<isa>.cpp includes its simd_<isa>.h, defines the
+// few operations that only attention needs (listed below), and includes this file inside its own namespace.
+//
+//   kQueryRows            query rows of a register tile, at most 6
+//   kAccumulators         F16x accumulators that fit into the registers
+//   keep_lanes(x, a, b)   lanes [a, b) of x, −inf elsewhere; a ≤ 16, b ≥ 0
+//   keep_from(r, x, t)    lanes of r where x ≥ t (or x is NaN), 0 elsewhere
+//   load_int8(p)          16 int8 as floats
+//   KeyBytes, load_key_bytes(p), dot_key_bytes(acc, k, q02, q13): 16 positions × 4 int8 d against int16 q
+//   and if MIAOTUI_DOT_BF16 is defined: DotLine, load_dot(p), splat_dot(p), dot_bf16(acc, line, x), store_bf16(p, x),
+//   which returns what it stored
+//
+// A query row is one (token, head of the group). A row's result is one chain of operations that the tile it is computed
+// in does not change: positions that it does not see contribute a probability of exactly 0, and products are added by
+// explicit fma only, so that the compiler cannot contract them differently in different tiles.
+
+constexpr int kBlocksPerChunk = kChunk / kBlockSize;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+template <typename T>
+MIAOTUI_INLINE T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+MIAOTUI_INLINE T most(T a, T b) {
+  return a > b ? a : b;
+}
+
+#include "attention_types.h"
+
+// 2^x for x ≤ 0, exactly 1 at 0, 0 below −126; relative error 1e-7 (polynomial: Cephes exp2f).
+MIAOTUI_INLINE F16x exp2_lanes(F16x x) {
+  const F16x bounded = max(splat(-126.0f), x);
+  const F16x n = round(bounded), f = sub(bounded, n);
+  F16x p = splat(1.535336188319500e-4f);
+  p = fma(p, f, splat(1.339887440266574e-3f));
+  p = fma(p, f, splat(9.618437357674640e-3f));
+  p = fma(p, f, splat(5.550332471162809e-2f));
+  p = fma(p, f, splat(2.402264791363012e-1f));
+  p = fma(p, f, splat(6.931472028550421e-1f));
+  p = fma(p, f, splat(1.0f));
+  return keep_from(mul(p, pow2(to_int(n))), x, -126.0f);
+}
+
+// tanh, relative error 2e-7: an odd polynomial below 0.625 (Cephes tanhf), (1 − e^−2|x|) / (1 + e^−2|x|) above.
+MIAOTUI_INLINE F16x tanh_lanes(F16x x) {
+  const F16x one = splat(1.0f), a = abs(x), z = mul(x, x);
+  F16x p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  p = fma(mul(p, z), x, x);
+  const F16x e = exp2_lanes(mul(a, splat(-2.0f * kLog2e)));
+  const F16x sign = fma(splat(2.0f), keep_from(one, x, 0.0f), splat(-1.0f));
+  const F16x large = mul(sign, div(sub(one, e), add(one, e)));
+  return add(keep_from(large, a, 0.625f), sub(p, keep_from(p, a, 0.625f)));
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
+
+constexpr int tiles_for(int rows) {
+  return kAccumulators / rows >= 4 ? 4 : kAccumulators / rows >= 2 ? 2 : 1;
+}
+
+// Scores of R rows against N blocks, out[r · kChunk + 16 n]. The V tile, which follows the K tile, is fetched meanwhile.
+template <typename T, int R, int N>
+__attribute__((noinline)) void score_tile(const uint8_t* const* keys, const typename T::Word* q, int dp,
+                                          const float* query_scale, float* out) {
+  const uint8_t* k[N];
+  typename T::Sum acc[R][N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) k[n] = keys[n];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[r][n] = T::none();
+  }
+  const size_t value = T::tile_bytes(dp);
+  const int steps = dp / T::kKeyStep;
+  for (int step = 0; step < steps; ++step) {
+    const size_t at = static_cast<size_t>(step) * 64;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) prefetch(k[n] + value + at);
+    T::template key_step<R, N>(acc, k, at, q);
+    q += T::kWords * R;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const float* scales = reinterpret_cast<const float*>(k[n] + value - 64);
+      store(out + r * kChunk + n * kBlockSize, T::finish(acc[r][n], query_scale[r], scales));
+    }
+  }
+}
+
+struct ValueTile {
+  const uint8_t* const* values;  // V tiles of the chunk's blocks
+  const uint8_t* const* ahead;   // what to fetch meanwhile: for each block, as many bytes as a V tile
+  int blocks;
+  int dp;
+  const float* scores;  // of the first row, at the first block
+  float* out;           // [row][dp]
+  const float* keep;    // out = keep · out + gain · result; null: out = result
+  const float* gain;
+};
+
+// 16 N columns from column d on of the chunk's result for R rows.
+template <typename T, int R, int N>
+__attribute__((noinline)) void value_tile(const ValueTile& tile, int d) {
+  F16x acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[r][n] = zero();
+  }
+  const size_t offset = T::value_bytes(d), stride = T::value_bytes(tile.dp);
+  for (int b = 0; b < tile.blocks; ++b) {
+    const uint8_t *v = tile.values[b] + offset, *ahead = tile.ahead[b] + offset;
+    const float* p = tile.scores + b * (T::kDotScores ? kBlockSize / 2 : kBlockSize);
+    for (int step = 0; step < kBlockSize / T::kValueStep; ++step) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n += T::kScaled ? 4 : 1) prefetch(ahead + 64 * n);
+      T::template value_step<R, N>(acc, v, p, step);
+      v += stride;
+      ahead += stride;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      float* out = tile.out + r * tile.dp + d + 16 * n;
+      if (tile.keep) acc[r][n] = fma(load(out), splat(tile.keep[r]), mul(acc[r][n], splat(tile.gain[r])));
+      store(out, acc[r][n]);
+    }
+  }
+}
+
+template <typename T, int R>
+void score_rows(const uint8_t* const* keys, int blocks, const typename T::Word* q, int dp, const float* query_scale,
+                float* out) {
+  constexpr int N = tiles_for(R);
+  for (; blocks >= N; blocks -= N, keys += N, out += N * kBlockSize)
+    score_tile<T, R, N>(keys, q, dp, query_scale, out);
+  for (; blocks > 0; --blocks, ++keys, out += kBlockSize) score_tile<T, R, 1>(keys, q, dp, query_scale, out);
+}
+
+template <typename T, int R>
+void value_rows(const ValueTile& tile) {
+  constexpr int N = tiles_for(R);
+  int d = 0;
+  for (; d + 16 * N <= tile.dp; d += 16 * N) value_tile<T, R, N>(tile, d);
+  if constexpr (N > 2) {
+    for (; d + 32 <= tile.dp; d += 32) value_tile<T, R, 2>(tile, d);
+  }
+  for (; d < tile.dp; d += 16) value_tile<T, R, 1>(tile, d);
+}
+
+// Calls f.run<R>() for R = rows, 1 … kQueryRows.
+template <int R, typename F>
+MIAOTUI_INLINE void with_rows(int rows, const F& f) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, f);
+  }
+  f.template run<R>();
+}
+
+template <typename T>
+struct ScoreCall {
+  const uint8_t* const* keys;
+  int blocks;
+  const typename T::Word* q;
+  int dp;
+  const float* query_scale;
+  float* out;
+  template <int R>
+  void run() const {
+    score_rows<T, R>(keys, blocks, q, dp, query_scale, out);
+  }
+};
+
+template <typename T>
+struct ValueCall {
+  const ValueTile& tile;
+  template <int R>
+  void run() const {
+    value_rows<T, R>(tile);
+  }
+};
+
+// ---- softmax ---------------------------------------------------------------------------------------------------------
+
+// Rows of an item: max and sum of the running state or of one chunk, and the factors that merge them.
+struct State {
+  float* out;  // [rows][dp]
+  float* max;  // [rows]
+  float* sum;
+};
+
+// A row of scores (log2 units, or tanh's argument with a soft cap) becomes probabilities relative to the row's maximum
+// in this chunk. Blocks [0, blocks) from `scores` on; the row sees lanes [low, high) of them.
+template <typename T>
+__attribute__((noinline)) void softmax_row(float* scores, int blocks, int low, int high, float softcap,
+                                           const uint8_t* const* values, int dp, float& row_max, float& row_sum) {
+  F16x largest = splat(kMinusInfinity);
+  for (int b = 0; b < blocks; ++b) {
+    float* at = scores + b * kBlockSize;
+    const int from = low - b * kBlockSize, to = high - b * kBlockSize;
+    F16x x = load(at);
+    if (softcap > 0.0f) x = mul(tanh_lanes(x), splat(softcap * kLog2e));
+    if (from > 0 || to < kBlockSize) x = keep_lanes(x, least(from, 16), most(to, 0));
+    store(at, x);
+    largest = max(largest, x);
+  }
+  row_max = reduce_max(largest);
+  const F16x base = splat(row_max == kMinusInfinity ? 0.0f : row_max);
+  F16x sum = zero();
+  for (int b = 0; b < blocks; ++b) {
+    float* at = scores + b * kBlockSize;
+    F16x p = exp2_lanes(sub(load(at), base));
+#ifdef MIAOTUI_DOT_BF16
+    if constexpr (T::kDotScores) p = store_bf16(scores + b * (kBlockSize / 2), p);
+#endif
+    sum = add(sum, p);
+    if constexpr (T::kScaled) p = mul(p, load(reinterpret_cast<const float*>(values[b] + dp * kBlockSize)));
+    if constexpr (!T::kDotScores) store(at, p);
+  }
+  row_sum = reduce_add(sum);
+}
+
+// Merges a chunk's (max, sum) into the running one; keep and gain do the same to the outputs. Arrays are padded to 16.
+inline __attribute__((noinline)) void merge_rows(int rows, const State& state, const State& chunk, float* keep,
+                                                 float* gain) {
+  for (int r = 0; r < rows; r += 16) {
+    const int n = least(16, rows - r);
+    const F16x old_max = load_n(state.max + r, n), chunk_max = load_n(chunk.max + r, n);
+    const F16x merged = max(old_max, chunk_max);
+    const F16x base = max(merged, splat(-3.0e38f));  // rows that have seen nothing: −inf − base is −inf, never NaN
+    const F16x k = exp2_lanes(sub(old_max, base)), g = exp2_lanes(sub(chunk_max, base));
+    store_n(keep + r, k, n);
+    store_n(gain + r, g, n);
+    store_n(state.max + r, merged, n);
+    store_n(state.sum + r, fma(load_n(state.sum + r, n), k, mul(load_n(chunk.sum + r, n), g)), n);
+  }
+}
+
+// ---- one item --------------------------------------------------------------------------------------------------------
+
+// A thread's view of the scratch for one item.
+struct Work {
+  uint8_t* base;
+  const ScratchLayout& layout;
+  int rows;
+  int dp;
+
+  uint32_t* queries() const { return reinterpret_cast<uint32_t*>(base + layout.queries); }
+  float* scores() const { return reinterpret_cast<float*>(base + layout.scores); }
+  float* array(int i) const { return reinterpret_cast<float*>(base + layout.rows) + i * layout.padded_rows; }
+  float* query_scale() const { return array(0); }
+  float* keep() const { return array(1); }
+  float* gain() const { return array(2); }
+  State state() const { return at(reinterpret_cast<float*>(base + layout.state)); }
+  State chunk() const { return {nullptr, array(3), array(4)}; }  // max and sum; its output goes straight into state
+  State at(float* p) const { return {p, p + rows * dp, p + rows * (dp + 1)}; }
+};
+
+// Row groups of the register tile, as even as possible: group g has rows [first(g), first(g + 1)).
+struct RowGroups {
+  int rows;
+  int count;
+  explicit RowGroups(int n) : rows(n), count((n + kQueryRows - 1) / kQueryRows) {}
+  int first(int g) const { return rows * g / count; }
+};
+
+template <typename T>
+void pack_queries(const AttentionArgs& args, const Item& item, const Work& work) {
+  const int group = args.heads / args.kv_heads, words = work.dp / T::kKeyStep * T::kWords;
+  const float factor = args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2e;
+  const RowGroups groups(work.rows);
+  for (int g = 0; g < groups.count; ++g) {
+    const int first = groups.first(g), count = groups.first(g + 1) - first;
+    typename T::Word* out = reinterpret_cast<typename T::Word*>(work.queries()) + first * words;
+    for (int r = 0; r < count; ++r) {
+      const int token = item.row + (first + r) / group, head = item.head * group + (first + r) % group;
+      const float* q = args.q + token * args.q_stride + static_cast<int64_t>(head) * args.head_dim;
+      work.query_scale()[first + r] = T::pack(out + r, count, q, args.head_dim, work.dp, factor);
+    }
+  }
+}
+
+// The K tiles of a chunk's blocks that the item sees.
+struct ChunkTiles {
+  const uint8_t* keys[kBlocksPerChunk];
+  int first = 0;  // block of the first
+  int count = 0;
+
+  ChunkTiles(const AttentionArgs& args, const Item& item, int chunk, size_t tile_bytes) {
+    const StepView& step = *args.step;
+    const int32_t* table = step.block_table + static_cast<int64_t>(item.seq) * step.table_stride;
+    first = most(item.first_block, chunk * kBlocksPerChunk);
+    count = least(item.end_block, (chunk + 1) * kBlocksPerChunk) - first;
+    const uint8_t* base = args.cache.base + static_cast<size_t>(item.head) * 2 * tile_bytes;
+    for (int b = 0; b < count; ++b) keys[b] = base + static_cast<size_t>(table[first + b]) * args.cache.block_stride;
+  }
+};
+
+template <typename T>
+void softmax_rows(const AttentionArgs& args, const Item& item, const Work& work, const ChunkTiles& tiles,
+                  const uint8_t* const* values, const State& chunk) {
+  const int group = args.heads / args.kv_heads, base = tiles.first * kBlockSize;
+  for (int r = 0; r < work.rows; ++r) {
+    const int position = item.position + r / group, high = position + 1 - base;
+    const int low = args.window > 0 ? most(position - args.window + 1 - base, 0) : 0;
+    softmax_row<T>(work.scores() + r * kChunk, tiles.count, low, high, args.softcap, values, work.dp, chunk.max[r],
+                   chunk.sum[r]);
+  }
+}
+
+// One chunk: its max and sum into `chunk`, its output merged into state.out, or stored as it is into chunk.out.
+template <typename T>
+void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work, const ChunkTiles& tiles,
+                  const ChunkTiles& ahead, const State* state, const State& chunk) {
+  using Word = typename T::Word;
+  const int words = work.dp / T::kKeyStep * T::kWords;
+  const size_t tile_bytes = T::tile_bytes(work.dp);
+  const RowGroups groups(work.rows);
+  for (int b = 0; b < tiles.count; b += 4) {
+    for (int g = 0; g < groups.count; ++g) {
+      const int first = groups.first(g), count = groups.first(g + 1) - first;
+      const ScoreCall<T> call{tiles.keys + b, least(4, tiles.count - b),
+                              reinterpret_cast<const Word*>(work.queries()) + first * words, work.dp,
+                              work.query_scale() + first, work.scores() + first * kChunk + b * kBlockSize};
+      with_rows<kQueryRows>(count, call);
+    }
+  }
+  const uint8_t* values[kBlocksPerChunk];
+  const uint8_t* next[kBlocksPerChunk];
+  for (int b = 0; b < tiles.count; ++b) {
+    values[b] = tiles.keys[b] + tile_bytes;
+    next[b] = b < ahead.count ? ahead.keys[b] : values[b];
+  }
+  softmax_rows<T>(args, item, work, tiles, values, chunk);
+  if (state) merge_rows(work.rows, *state, chunk, work.keep(), work.gain());
+  for (int g = 0; g < groups.count; ++g) {
+    const int first = groups.first(g), count = groups.first(g + 1) - first;
+    const ValueTile tile{values, next, tiles.count, work.dp, work.scores() + first * kChunk,
+                         (state ? state->out : chunk.out) + first * work.dp, state ? work.keep() + first : nullptr,
+                         work.gain() + first};
+    with_rows<kQueryRows>(count, ValueCall<T>{tile});
+  }
+}
+
+inline void clear(const State& state, int rows, int dp) {
+  memset(state.out, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(dp));
+  for (int r = 0; r < rows; ++r) {
+    state.max[r] = kMinusInfinity;
+    state.sum[r] = 0.0f;
+  }
+}
+
+inline void write_rows(const AttentionArgs& args, const Item& item, const State& state, int rows, int dp) {
+  const int group = args.heads / args.kv_heads;
+  for (int r = 0; r < rows; ++r) {
+    const int token = item.row + r / group, head = item.head * group + r % group;
+    float* out = args.out + token * args.out_stride + static_cast<int64_t>(head) * args.head_dim;
+    const F16x factor = splat(1.0f / state.sum[r]);
+    for (int d = 0; d < args.head_dim; d += 16)
+      store_n(out + d, mul(load(state.out + r * dp + d), factor), least(16, args.head_dim - d));
+  }
+}
+
+template <typename T>
+void attend(const AttentionArgs& args, int thread, int threads) {
+  const Plan plan(args, threads);
+  const ScratchLayout layout(plan.group(), args.head_dim);
+  Walk walk(plan, thread);
+  Segment segment;
+  while (walk.next(segment)) {
+    const Item& item = segment.item;
+    const int dp = (args.head_dim + 15) / 16 * 16;
+    const Work work{args.scratch + layout.work_at(thread), layout, item.tokens * plan.group(), dp};
+    const State state = work.state();
+    pack_queries<T>(args, item, work);
+    if (segment.starts()) clear(state, work.rows, dp);
+    ChunkTiles tiles(args, item, segment.begin, T::tile_bytes(dp));
+    for (int c = segment.begin; c < segment.end; ++c) {
+      const ChunkTiles ahead(args, item, least(c + 1, item.end_chunk - 1), T::tile_bytes(dp));
+      if (segment.starts()) {
+        attend_chunk<T>(args, item, work, tiles, ahead, &state, work.chunk());
+      } else {
+        float* slot = reinterpret_cast<float*>(args.scratch + layout.slot_at(c - segment.begin, thread, threads));
+        attend_chunk<T>(args, item, work, tiles, ahead, nullptr, work.at(slot));
+      }
+      tiles = ahead;
+    }
+    if (segment.whole()) write_rows(args, item, state, work.rows, dp);
+  }
+}
+
+// Adds to the state that `thread` holds of an item's first chunks those that other threads hold, in order.
+inline void attention_merge(const AttentionArgs& args, int thread, int threads) {
+  const Plan plan(args, threads);
+  if (!plan.split()) return;
+  const ScratchLayout layout(plan.group(), args.head_dim);
+  const int dp = (args.head_dim + 15) / 16 * 16;
+  Walk walk(plan, thread);
+  Segment segment;
+  while (walk.next(segment)) {
+    if (!segment.starts() || segment.whole()) continue;
+    const Item& item = segment.item;
+    const Work work{args.scratch + layout.work_at(thread), layout, item.tokens * plan.group(), dp};
+    const State state = work.state();
+    int owner = thread, begin = segment.end;
+    for (int c = segment.end; c < item.end_chunk; ++c) {
+      const int by = plan.owner(item, segment.start, c);
+      if (by != owner) begin = c;
+      owner = by;
+      const State chunk =
+          work.at(reinterpret_cast<float*>(args.scratch + layout.slot_at(c - begin, owner, threads)));
+      merge_rows(work.rows, state, chunk, work.keep(), work.gain());
+      for (int r = 0; r < work.rows; ++r) {
+        const F16x keep = splat(work.keep()[r]), gain = splat(work.gain()[r]);
+        for (int d = r * dp; d < (r + 1) * dp; d += 16)
+          store(state.out + d, fma(load(state.out + d), keep, mul(load(chunk.out + d), gain)));
+      }
+    }
+    write_rows(args, item, state, work.rows, dp);
+  }
+}

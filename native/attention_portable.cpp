@@ -1,0 +1,67 @@
+// Attention in plain C++: the slow twin of the others, and what other machines run.
+#include <string.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "attention_plan.h"
+#include "kernels.h"
+
+namespace miaotui {
+namespace attention_in_portable {
+namespace {
+
+#ifndef MIAOTUI_INLINE
+#define MIAOTUI_INLINE inline __attribute__((always_inline))
+#endif
+
+#include "simd_portable.h"
+
+constexpr int kQueryRows = 3;
+constexpr int kAccumulators = 3;
+
+inline F16x keep_lanes(F16x x, int from, int to) {
+  for (int i = 0; i < 16; ++i) x.v[i] = i >= from && i < to ? x.v[i] : -__builtin_inff();
+  return x;
+}
+inline F16x keep_from(F16x r, F16x x, float limit) {
+  for (int i = 0; i < 16; ++i) r.v[i] = x.v[i] < limit ? 0.0f : r.v[i];
+  return r;
+}
+inline F16x load_int8(const int8_t* p) {
+  F16x r;
+  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+
+struct KeyBytes {
+  int8_t v[64];
+};
+inline KeyBytes load_key_bytes(const uint8_t* p) {
+  KeyBytes k;
+  memcpy(k.v, p, 64);
+  return k;
+}
+inline I16x dot_key_bytes(I16x acc, const KeyBytes& k, const int32_t* q02, const int32_t* q13) {
+  int16_t even[2], odd[2];
+  memcpy(even, q02, 4);
+  memcpy(odd, q13, 4);
+  for (int i = 0; i < 16; ++i) {
+    const int8_t* d = k.v + 4 * i;
+    acc.v[i] += d[0] * even[0] + d[2] * even[1] + d[1] * odd[0] + d[3] * odd[1];
+  }
+  return acc;
+}
+
+#include "attention_impl.h"
+
+#include "rope_impl.h"
+
+constexpr AttentionKernels table{rope_angles, rope_and_cache, attention, attention_merge};
+
+}  // namespace
+}  // namespace attention_in_portable
+
+const AttentionKernels* attention_kernels_portable() { return &attention_in_portable::table; }
+
+}  // namespace miaotui
