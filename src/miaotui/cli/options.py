@@ -33,7 +33,7 @@ ENGINE = {
         "--threads", type=click.IntRange(min=1), help="Compute threads.  [default: one a physical core]"
     ),
     "device": click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        "--device", type=click.Choice(["auto", "cpu", "cuda", "reference"]), default="auto", show_default=True,
         help="Where to compute.",
     ),
 }  # fmt: skip

@@ -9,9 +9,9 @@ from miaotui.hardware.ceilings import Probes
 def native_probes() -> Probes:
     """The probes; DependencyError when the package was installed without its native part."""
     try:
-        from miaotui.backends.cpu import _native
+        import miaotui.backends.cpu._native as native
     except ImportError as error:
         raise DependencyError(
             f"The native kernels cannot be loaded: {error}.", "Reinstall miaotui, or run `make build` in a checkout."
         ) from error
-    return Probes(_native.probe_bandwidth, _native.probe_int8, _native.probe_fp32)
+    return Probes(native.probe_bandwidth, native.probe_int8, native.probe_fp32)
