@@ -1,0 +1,296 @@
+"""The engine: requests in, outputs out, one step at a time. Single-threaded: whoever drives it drives it alone."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miaotui.backends.ops import Executor
+from miaotui.engine.admit import EngineConfig, check_prompt, tokens_allowed
+from miaotui.engine.batch import Batch
+from miaotui.engine.beam import BeamSearch
+from miaotui.engine.blocks import BlockManager
+from miaotui.engine.branch import Branches
+from miaotui.engine.grammar import GrammarMask, Grammars
+from miaotui.engine.params import BeamSearchParams, SamplingParams
+from miaotui.engine.processors import build_processors, check_token_ids
+from miaotui.engine.publish import Publisher
+from miaotui.engine.request import FinishReason, Request, RequestOutput, Sequence
+from miaotui.engine.sampler import Choice, Sampler, token_logprobs
+from miaotui.engine.scheduler import Limits, Schedule, Scheduler
+from miaotui.model.tokenizer import Tokenizer
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A moment's picture of the engine. Counts are since its beginning; prefix figures are in tokens."""
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_in_use: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    finished: dict[FinishReason, int]
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the cache that is held, 0 to 1."""
+        return self.blocks_in_use / self.blocks
+
+
+class Engine:
+    """Owns the executor's cache and every request in flight."""
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        shape = executor.shape
+        self.config = config
+        self.tokenizer = tokenizer
+        self.executor = executor
+        executor.allocate_cache(config.blocks)
+        self._blocks = BlockManager(config.blocks, config.enable_prefix_caching)
+        limits = Limits(
+            max_tokens=min(config.max_num_batched_tokens, shape.max_tokens),
+            max_seqs=min(config.max_num_seqs, shape.max_seqs, shape.max_logits_rows),
+            max_rows=shape.max_logits_rows,
+        )
+        self._scheduler = Scheduler(self._blocks, limits)
+        self._batch = Batch(shape)
+        self._sampler = Sampler(self._name)
+        self._publisher = Publisher(tokenizer)
+        self._grammars = Grammars(tokenizer, executor.vocab_size, config.eos_token_ids)
+        self._branches = Branches(self._scheduler, executor, self._prepare)
+        self._requests: dict[str, Request] = {}
+        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    # -- requests ----------------------------------------------------------------------------------------
+    def add_request(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        stream: bool = False,
+    ) -> str:
+        """Take a request; returns its id. A smaller `priority` is more urgent.
+
+        A text is the model's own input: the text of a special token in it is that token, as in transformers.
+        With `stream`, each step's outputs hold what it added; without, there is one output, at the end.
+        Raises RequestError for what can never be served.
+        """
+        ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
+        check_prompt(ids, self.executor.vocab_size)
+        request = Request(
+            request_id if request_id is not None else f"request-{self._arrivals}",
+            prompt if isinstance(prompt, str) else None,
+            ids,
+            params,
+            max_tokens=tokens_allowed(len(ids), params, self.config),
+            seed=_seed(params),
+            stop_tokens=_stop_tokens(params, self.config.eos_token_ids),
+            priority=priority,
+            arrival=self._arrivals,
+            stream=stream and isinstance(params, SamplingParams),
+            now=time.monotonic(),
+        )
+        assert request.id not in self._requests, f"request id {request.id} is in use"
+        if isinstance(params, BeamSearchParams):
+            request.beam = BeamSearch(request, params)
+        else:
+            check_token_ids(params, self.executor.vocab_size)
+            wanted = params.structured_outputs
+            self._prepare(request.sequences[0], None if wanted is None else self._grammars.compile(wanted))
+        self._scheduler.add(request.sequences[0])
+        self._requests[request.id] = request
+        self._arrivals += 1
+        self._prompt_tokens += len(ids)
+        return request.id
+
+    def cancel(self, request_id: str) -> RequestOutput | None:
+        """Stop a request; returns what it has so far, None when it is not (any longer) known."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        going = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        for sequence in going:
+            self._publisher.finish(sequence, "abort")
+            self._retire(sequence, "abort")
+        return self._output(request, going)
+
+    # -- the step ----------------------------------------------------------------------------------------
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns what streams and finished requests got from it."""
+        plan = self._schedule()
+        logits = self._run(plan)
+        chosen = self._sample(plan, logits)
+        return self._publish(plan, chosen)
+
+    def _schedule(self) -> Schedule:
+        plan = self._scheduler.schedule()
+        for sequence in plan.admitted:
+            request = sequence.request
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = time.monotonic()
+                request.num_cached_tokens = sequence.computed
+        return plan
+
+    def _run(self, plan: Schedule) -> Logits:
+        if not plan.counts:
+            return np.empty((0, self.executor.vocab_size), np.float32)
+        self._steps += 1
+        logits = self.executor.run(self._batch.fill(plan))
+        self._scheduler.complete(plan)
+        return logits
+
+    def _sample(self, plan: Schedule, logits: Logits) -> list[tuple[Sequence, Choice]]:
+        """Choose a token for every sequence that has run all of its own; beams note their offers instead."""
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        end = 0
+        for sequence, count in plan.counts.items():
+            ready = sequence.remaining == 0
+            end += count if sequence.all_rows else ready
+            if sequence.all_rows:
+                self._score_prompt(sequence, logits[end - count : end])
+            if ready and sequence.request.beam is not None:
+                sequence.request.beam.offer(sequence, logits[end - 1])
+            elif ready:
+                drawing = self._branches.fan_out(sequence)
+                sequences += drawing
+                rows += [end - 1] * len(drawing)
+        if not sequences:
+            return []
+        return list(zip(sequences, self._sampler.sample(logits, rows, sequences), strict=True))
+
+    def _publish(self, plan: Schedule, chosen: list[tuple[Sequence, Choice]]) -> list[RequestOutput]:
+        """Append what was chosen, retire what has ended, and tell whoever waits for it."""
+        told: dict[Request, list[Sequence]] = {}
+        for sequence, choice in chosen:
+            self._append(sequence, choice)
+            request = sequence.request
+            if request.stream or (sequence.finish_reason is not None and request.finished):
+                told.setdefault(request, []).append(sequence)
+        self._generated_tokens += len(chosen)
+        for request in {sequence.request for sequence in plan.counts if sequence.request.beam is not None}:
+            if not self._branches.advance(request):
+                self._finished[cast(FinishReason, request.sequences[0].finish_reason)] += 1
+                told[request] = request.sequences
+        return [self._output(request, grown) for request, grown in told.items()]
+
+    def _append(self, sequence: Sequence, choice: Choice) -> None:
+        self._publisher.accept(sequence, choice)
+        if sequence.output_len == 1 and sequence.request.metrics.first_token_time is None:
+            sequence.request.metrics.first_token_time = time.monotonic()
+        if sequence.finish_reason is not None:
+            self._retire(sequence, sequence.finish_reason)
+        elif sequence.grammar is not None:
+            sequence.grammar.advance(choice.token)
+
+    # -- the life of a sequence --------------------------------------------------------------------------
+    def _prepare(self, sequence: Sequence, grammar: GrammarMask | None) -> None:
+        """Give a new sequence what its sampling needs of its own."""
+        params = cast(SamplingParams, sequence.request.params)
+        sequence.grammar = grammar
+        if not sequence.plain:
+            sequence.processors = build_processors(
+                params,
+                ends=sequence.request.stop_tokens,
+                prompt_len=sequence.prompt_len,
+                vocab_size=self.executor.vocab_size,
+                encode=self._encode_plain,
+                grammar=grammar,
+            )
+        self._publisher.start(sequence)
+
+    def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.remove(sequence)
+        self._finished[reason] += 1
+
+    def _score_prompt(self, sequence: Sequence, logits: Logits) -> None:
+        """Log-probabilities of the prompt tokens that follow the rows just run; a recomputed row tells nothing new."""
+        request = sequence.request
+        top = cast(int, cast(SamplingParams, request.params).prompt_logprobs)
+        scored = request.prompt_logprobs
+        if scored is None:
+            scored = request.prompt_logprobs = [None]
+        first = sequence.computed - len(logits) + 1
+        for position in range(max(first, len(scored)), min(first + len(logits), sequence.prompt_len)):
+            token = sequence.tokens[position]
+            scored.append(token_logprobs(logits[position - first], token, top, self._name))
+
+    def _output(self, request: Request, grown: list[Sequence]) -> RequestOutput:
+        """What the request is told now; a finished one is forgotten."""
+        if request.finished:
+            del self._requests[request.id]
+        if isinstance(request.params, BeamSearchParams):
+            outputs = self._publisher.beams(request, request.params.n or request.params.beam_width)
+        elif request.stream:
+            outputs = [self._publisher.delta(sequence) for sequence in grown]
+        else:
+            outputs = [self._publisher.whole(sequence) for sequence in request.sequences]
+        return self._publisher.request(request, outputs)
+
+    def _name(self, token: int) -> str:
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    # -- looking in --------------------------------------------------------------------------------------
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            blocks=self._blocks.total,
+            blocks_in_use=self._blocks.total - self._blocks.available,
+            prefix_queries=self._scheduler.prefix_queries,
+            prefix_hits=self._scheduler.prefix_hits,
+            preemptions=self._scheduler.preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            finished=dict(self._finished),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, sequences and requests agree."""
+        self._scheduler.check_integrity()
+        live = {id(s) for request in self._requests.values() for s in request.sequences if s.finish_reason is None}
+        scheduled = self._scheduler.running + [sequence for _, sequence in self._scheduler.waiting]
+        assert live == set(map(id, scheduled)), "a sequence is lost, or outlives its request"
+        assert not any(request.finished for request in self._requests.values())
+
+    def close(self) -> None:
+        """Free the executor and the worker threads."""
+        self._grammars.close()
+        self.executor.close()
+
+
+def _seed(params: SamplingParams | BeamSearchParams) -> int:
+    """The caller's seed, or 64 random bits."""
+    seed = params.seed if isinstance(params, SamplingParams) else 0
+    return secrets.randbits(64) if seed is None else seed
+
+
+def _stop_tokens(params: SamplingParams | BeamSearchParams, eos: tuple[int, ...]) -> frozenset[int]:
+    own = () if params.ignore_eos else eos
+    return frozenset((*own, *((params.stop_token_ids or ()) if isinstance(params, SamplingParams) else ())))
