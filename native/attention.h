@@ -1,15 +1,16 @@
 // Rotary embedding, the KV cache and attention over it: the kernels' interface, one table per instruction set.
 //
-// The cache. A layer's cache is `base + block · block_stride`; a block holds 16 positions of every kv head, per head a K
-// tile then a V tile, each a multiple of 64 bytes. D is head_dim, Dp is D rounded up to 16:
+// The cache. A layer's cache is `base + block · block_stride`; a block holds 16 positions of every kv head, per head a
+// K tile then a V tile, each a multiple of 64 bytes. D is head_dim, Dp is D rounded up to 16:
 //   fp32  K float [Dp][16]            V float [16][Dp]
 //   bf16  K bf16 [Dp/2][16][2]        V bf16 [8][Dp][2]   (pairs of d; pairs of positions)
-//   int8  K int8 [Dp/4][16][4] + float scale[16]   V int8 [16][Dp] + float scale[16]   (one scale per position and head)
+//   int8  K int8 [Dp/4][16][4] + float scale[16]   V int8 [16][Dp] + float scale[16]   (one scale per position and
+//   head)
 // The memory must come zeroed (padding stays zero) and hold only finite values afterwards.
 //
 // The order of every sum is fixed by a token's own position: positions are cut into chunks of kChunk aligned at 0, each
-// chunk gives (max, sum, output), and chunks are merged in ascending order. A token's result has therefore the same bits
-// in any batch, with any cut of the prompt and any number of threads.
+// chunk gives (max, sum, output), and chunks are merged in ascending order. A token's result has therefore the same
+// bits in any batch, with any cut of the prompt and any number of threads.
 //
 // The phases of one layer, with a barrier of all threads between them:
 //   rope_and_cache | attention | attention_merge, the last only if attention_needs_merge(args, threads)

@@ -26,7 +26,8 @@ MIAOTUI_INLINE F16x keep_lanes(F16x x, int from, int to) {
 }
 MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
   const __m256 t = _mm256_set1_ps(limit);
-  return {_mm256_and_ps(r.a, _mm256_cmp_ps(x.a, t, _CMP_NLT_UQ)), _mm256_and_ps(r.b, _mm256_cmp_ps(x.b, t, _CMP_NLT_UQ))};
+  return {_mm256_and_ps(r.a, _mm256_cmp_ps(x.a, t, _CMP_NLT_UQ)),
+          _mm256_and_ps(r.b, _mm256_cmp_ps(x.b, t, _CMP_NLT_UQ))};
 }
 MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -51,7 +52,6 @@ MIAOTUI_INLINE I16x dot_key_bytes(I16x acc, const KeyBytes& k, const int32_t* q0
 }
 
 #include "attention_impl.h"
-
 #include "rope_impl.h"
 
 constexpr AttentionKernels table{rope_angles, rope_and_cache, attention, attention_merge};

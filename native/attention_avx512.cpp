@@ -14,9 +14,7 @@ constexpr int kQueryRows = 6;
 constexpr int kAccumulators = 24;
 
 #include "attention_avx512_lanes.h"
-
 #include "attention_impl.h"
-
 #include "rope_impl.h"
 
 constexpr AttentionKernels table{rope_angles, rope_and_cache, attention, attention_merge};

@@ -1,7 +1,8 @@
 // What attention needs of AVX-512 beyond simd_avx512.h. See attention_impl.h for the meanings.
 
 MIAOTUI_INLINE F16x keep_lanes(F16x x, int from, int to) {
-  const __mmask16 kept = static_cast<__mmask16>(((1u << (to < 16 ? to : 16)) - 1) & ~((1u << (from > 0 ? from : 0)) - 1));
+  const __mmask16 kept =
+      static_cast<__mmask16>(((1u << (to < 16 ? to : 16)) - 1) & ~((1u << (from > 0 ? from : 0)) - 1));
   return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), kept, x);
 }
 MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {

@@ -1,5 +1,6 @@
 // For tests: one layer's rope, cache and attention on numpy arrays, with a chosen instruction set.
-#include <nanobind/nanobind.h>
+#include "attention_bindings.h"
+
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -153,8 +154,6 @@ bool run_attention(const std::string& isa, int threads, Array<float> qkv, Array<
 }
 
 }  // namespace
-
-void bind_attention(nb::module_& m);  // called by bindings.cpp
 
 void bind_attention(nb::module_& m) {
   m.def("attention_isas", &attention_isas, "Instruction sets of this machine that the attention kernels know.");

@@ -58,13 +58,13 @@ MIAOTUI_INLINE F16x tanh_lanes(F16x x) {
   return add(keep_from(large, a, 0.625f), sub(p, keep_from(p, a, 0.625f)));
 }
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// ---- tiles
+// -----------------------------------------------------------------------------------------------------------
 
-constexpr int tiles_for(int rows) {
-  return kAccumulators / rows >= 4 ? 4 : kAccumulators / rows >= 2 ? 2 : 1;
-}
+constexpr int tiles_for(int rows) { return kAccumulators / rows >= 4 ? 4 : kAccumulators / rows >= 2 ? 2 : 1; }
 
-// Scores of R rows against N blocks, out[r · kChunk + 16 n]. The V tile, which follows the K tile, is fetched meanwhile.
+// Scores of R rows against N blocks, out[r · kChunk + 16 n]. The V tile, which follows the K tile, is fetched
+// meanwhile.
 template <typename T, int R, int N>
 __attribute__((noinline)) void score_tile(const uint8_t* const* keys, const typename T::Word* q, int dp,
                                           const float* query_scale, float* out) {
@@ -143,8 +143,7 @@ template <typename T, int R>
 void score_rows(const uint8_t* const* keys, int blocks, const typename T::Word* q, int dp, const float* query_scale,
                 float* out) {
   constexpr int N = tiles_for(R);
-  for (; blocks >= N; blocks -= N, keys += N, out += N * kBlockSize)
-    score_tile<T, R, N>(keys, q, dp, query_scale, out);
+  for (; blocks >= N; blocks -= N, keys += N, out += N * kBlockSize) score_tile<T, R, N>(keys, q, dp, query_scale, out);
   for (; blocks > 0; --blocks, ++keys, out += kBlockSize) score_tile<T, R, 1>(keys, q, dp, query_scale, out);
 }
 
@@ -191,7 +190,8 @@ struct ValueCall {
   }
 };
 
-// ---- softmax ---------------------------------------------------------------------------------------------------------
+// ---- softmax
+// ---------------------------------------------------------------------------------------------------------
 
 // Rows of an item: max and sum of the running state or of one chunk, and the factors that merge them.
 struct State {
@@ -247,7 +247,8 @@ inline __attribute__((noinline)) void merge_rows(int rows, const State& state, c
   }
 }
 
-// ---- one item --------------------------------------------------------------------------------------------------------
+// ---- one item
+// --------------------------------------------------------------------------------------------------------
 
 // A thread's view of the scratch for one item.
 struct Work {
@@ -330,9 +331,9 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
   for (int b = 0; b < tiles.count; b += 4) {
     for (int g = 0; g < groups.count; ++g) {
       const int first = groups.first(g), count = groups.first(g + 1) - first;
-      const ScoreCall<T> call{tiles.keys + b, least(4, tiles.count - b),
-                              reinterpret_cast<const Word*>(work.queries()) + first * words, work.dp,
-                              work.query_scale() + first, work.scores() + first * kChunk + b * kBlockSize};
+      const ScoreCall<T> call{
+          tiles.keys + b, least(4, tiles.count - b),  reinterpret_cast<const Word*>(work.queries()) + first * words,
+          work.dp,        work.query_scale() + first, work.scores() + first * kChunk + b * kBlockSize};
       with_rows<kQueryRows>(count, call);
     }
   }
@@ -346,8 +347,13 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
   if (state) merge_rows(work.rows, *state, chunk, work.keep(), work.gain());
   for (int g = 0; g < groups.count; ++g) {
     const int first = groups.first(g), count = groups.first(g + 1) - first;
-    const ValueTile tile{values, next, tiles.count, work.dp, work.scores() + first * kChunk,
-                         (state ? state->out : chunk.out) + first * work.dp, state ? work.keep() + first : nullptr,
+    const ValueTile tile{values,
+                         next,
+                         tiles.count,
+                         work.dp,
+                         work.scores() + first * kChunk,
+                         (state ? state->out : chunk.out) + first * work.dp,
+                         state ? work.keep() + first : nullptr,
                          work.gain() + first};
     with_rows<kQueryRows>(count, ValueCall<T>{tile});
   }
@@ -418,8 +424,7 @@ inline void attention_merge(const AttentionArgs& args, int thread, int threads) 
       const int by = plan.owner(item, segment.start, c);
       if (by != owner) begin = c;
       owner = by;
-      const State chunk =
-          work.at(reinterpret_cast<float*>(args.scratch + layout.slot_at(c - begin, owner, threads)));
+      const State chunk = work.at(reinterpret_cast<float*>(args.scratch + layout.slot_at(c - begin, owner, threads)));
       merge_rows(work.rows, state, chunk, work.keep(), work.gain());
       for (int r = 0; r < work.rows; ++r) {
         const F16x keep = splat(work.keep()[r]), gain = splat(work.gain()[r]);

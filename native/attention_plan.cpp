@@ -6,9 +6,9 @@ namespace {
 
 constexpr int32_t kBlocksPerChunk = kChunk / kBlockSize;
 constexpr int32_t kTileRows[] = {48, 24, 12};
-constexpr int32_t kShare = 8;       // with this many of the largest items per thread, whole items balance well enough
-constexpr int64_t kBlockCost = 3;   // of a block, in rows: reading it
-constexpr int64_t kChunkCost = 8;   // of a chunk: softmax and merging
+constexpr int32_t kShare = 8;      // with this many of the largest items per thread, whole items balance well enough
+constexpr int64_t kBlockCost = 3;  // of a block, in rows: reading it
+constexpr int64_t kChunkCost = 8;  // of a chunk: softmax and merging
 
 int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
 int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }

@@ -3,8 +3,9 @@
 // An item is one (sequence, kv head, tile of query tokens); items follow each other in that order, and each is a run of
 // chunks of positions. The step's work is that long list of chunks, weighed by cost; a thread owns those whose middle
 // falls into its equal share of the total. With many items a thread takes whole items; with few, an item's chunks may
-// fall to several threads: the first of them then holds the merged state of its own chunks, the others hold each chunk's
-// state apart, and attention_merge adds those in ascending order: the same operations as one thread would have done.
+// fall to several threads: the first of them then holds the merged state of its own chunks, the others hold each
+// chunk's state apart, and attention_merge adds those in ascending order: the same operations as one thread would have
+// done.
 #pragma once
 
 #include "attention.h"

@@ -54,7 +54,6 @@ inline I16x dot_key_bytes(I16x acc, const KeyBytes& k, const int32_t* q02, const
 }
 
 #include "attention_impl.h"
-
 #include "rope_impl.h"
 
 constexpr AttentionKernels table{rope_angles, rope_and_cache, attention, attention_merge};

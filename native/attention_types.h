@@ -225,7 +225,8 @@ struct Int8 {
     const float k_most = most_abs(k, dim), v_most = most_abs(v, dim);
     const float k_unit = k_most > 0.0f ? 127.0f / k_most : 0.0f, v_unit = v_most > 0.0f ? 127.0f / v_most : 0.0f;
     int8_t* kt = reinterpret_cast<int8_t*>(keys);
-    for (int d = 0; d < dim; ++d) kt[(d / 4 * kBlockSize + slot) * 4 + d % 4] = static_cast<int8_t>(nearest(k[d] * k_unit));
+    for (int d = 0; d < dim; ++d)
+      kt[(d / 4 * kBlockSize + slot) * 4 + d % 4] = static_cast<int8_t>(nearest(k[d] * k_unit));
     int8_t* vt = reinterpret_cast<int8_t*>(values) + slot * dp;
     for (int d = 0; d < dim; ++d) vt[d] = static_cast<int8_t>(nearest(v[d] * v_unit));
     reinterpret_cast<float*>(keys + dp * kBlockSize)[slot] = k_most / 127.0f;

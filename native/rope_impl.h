@@ -81,8 +81,7 @@ inline void norm_and_turn(const RopeCacheArgs& args, float* x, int heads, int64_
   for (int h = 0; h < heads; ++h) {
     float* head = x + h * args.head_dim;
     if (weight && width == args.head_dim) rms_norm(head, weight, width, eps);
-    if (args.cos)
-      turn(head, args.cos + token * args.half, args.sin + token * args.half, args.half, args.interleaved);
+    if (args.cos) turn(head, args.cos + token * args.half, args.sin + token * args.half, args.half, args.interleaved);
   }
 }
 
@@ -99,8 +98,8 @@ void write_cache(const RopeCacheArgs& args, int64_t token, int kv_head, const fl
 // A unit of work is a kv head of a token with its group of q heads, or the whole token if a norm spans all heads.
 template <typename T>
 void rope_units(const RopeCacheArgs& args, int thread, int threads) {
-  const bool wide = (args.q_norm && args.q_norm_width != args.head_dim) ||
-                    (args.k_norm && args.k_norm_width != args.head_dim);
+  const bool wide =
+      (args.q_norm && args.q_norm_width != args.head_dim) || (args.k_norm && args.k_norm_width != args.head_dim);
   const int parts = wide ? 1 : args.kv_heads, kv = args.kv_heads / parts, q = args.heads / parts, dim = args.head_dim;
   const int64_t units = static_cast<int64_t>(args.step->tokens) * parts;
   for (int64_t u = units * thread / threads; u < units * (thread + 1) / threads; ++u) {

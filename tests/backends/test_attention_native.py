@@ -152,7 +152,8 @@ def frequencies(rotary: int) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(("isa", "cache"), list(product(ISAS, CACHE)))
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 20), (8, 1, 80), (14, 2, 64), (3, 1, 96), (2, 2, 128), (2, 1, 256)]
+    ("heads", "kv_heads", "dim"),
+    [(9, 3, 64), (4, 4, 20), (8, 1, 80), (14, 2, 64), (3, 1, 96), (2, 2, 128), (2, 1, 256)],
 )
 def test_prompt_then_decode(isa: str, cache: str, heads: int, kv_heads: int, dim: int) -> None:
     layer = Layer(heads, kv_heads, dim, cache, isa, inv_freq=frequencies(dim))
