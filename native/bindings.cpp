@@ -203,6 +203,29 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   program.add(std::move(op));
 }
 
+void record_experts(Program& program, const Place& x, const Place& router, const Weights& gate, const Weights& up,
+                    const Weights& down, int top_k, bool normalise, const std::string& act, bool quantised,
+                    const std::optional<Place>& add, const Place& out) {
+  auto op = std::make_unique<ExpertsOp>();
+  const size_t count = gate.size();
+  if (count < 1 || up.size() != count || down.size() != count || top_k < 1 || static_cast<size_t>(top_k) > count)
+    throw std::invalid_argument("experts and top_k do not fit together");
+  auto take = [&](const Weights& from, std::vector<const Weight*>& to) {
+    for (const auto& weight : from) {
+      if (weight->view.n != from[0]->view.n || weight->view.k != from[0]->view.k)
+        throw std::invalid_argument("experts differ in shape");
+      to.push_back(&weight->view);
+      program.keep(weight);
+    }
+  };
+  take(gate, op->gate), take(up, op->up), take(down, op->down);
+  op->x = buffer_at(program, x), op->router = buffer_at(program, router);
+  op->add = buffer_at(program, add), op->out = buffer_at(program, out);
+  op->top_k = top_k, op->normalise = normalise, op->quantised = quantised;
+  op->act = act_named(act);
+  program.add(std::move(op));
+}
+
 struct CacheShape {
   int layer, heads, kv_heads, head_dim;
   CacheType type;
@@ -310,6 +333,8 @@ NB_MODULE(_native, module) {
       .def("linear", &record_linear, "name"_a, "x"_a, "weights"_a, "columns"_a, "biases"_a, "norm_weight"_a.none(),
            "norm_bias"_a.none(), "norm_eps"_a, "norm_layer"_a, "add"_a.none(), "scale"_a, "softcap"_a, "act"_a,
            "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "out"_a)
+      .def("experts", &record_experts, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "normalise"_a, "act"_a,
+           "quantised"_a, "add"_a.none(), "out"_a)
       .def("rope_and_cache", &record_rope_cache, "shape"_a, "qkv"_a, "cos"_a.none(), "sin"_a.none(), "interleaved"_a,
            "q_norm"_a.none(), "q_eps"_a, "k_norm"_a.none(), "k_eps"_a)
       .def("attention", &record_attention, "shape"_a, "q"_a, "scale"_a, "softcap"_a, "window"_a, "out"_a)

@@ -1,6 +1,7 @@
 #include "program_ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace miaotui {
@@ -9,6 +10,31 @@ namespace {
 const float* or_null(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
 
 }  // namespace
+
+size_t PreparedRows::bytes(int rows, int k_pad, bool floats, bool integers) {
+  const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(k_pad);
+  return (floats ? round_up(n * k * sizeof(float), 64) : 0) +
+         (integers ? round_up(n * QuantRows::bytes(k_pad), 64) : 0);
+}
+
+PreparedRows PreparedRows::in(uint8_t* memory, int rows, int k_pad, bool floats, bool integers, const float* x,
+                              int64_t x_stride) {
+  PreparedRows to{x, x_stride, {}};
+  const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(k_pad);
+  if (floats) {
+    to.x = reinterpret_cast<float*>(memory);
+    to.x_stride = static_cast<int64_t>(k);
+    memory += round_up(n * k * sizeof(float), 64);
+  }
+  if (integers) {
+    to.quant.k_pad = k_pad;
+    to.quant.q = reinterpret_cast<int8_t*>(memory);
+    to.quant.scale = reinterpret_cast<float*>(memory + n * k);
+    to.quant.minus32 = reinterpret_cast<int32_t*>(to.quant.scale + n * (k / 32));
+    to.quant.minus16 = to.quant.minus32 + n * (k / 32);
+  }
+  return to;
+}
 
 void EmbedOp::run(const Context& c, int, int thread) const {
   int first, last;
@@ -68,27 +94,11 @@ bool LinearOp::any_float() const {
 bool LinearOp::float_rows() const { return any_float() && (norm || !perm.empty() || k_pad() != in.width); }
 
 size_t LinearOp::prepared_bytes(int rows) const {
-  const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(k_pad());
-  return (float_rows() ? round_up(n * k * sizeof(float), 64) : 0) +
-         (any_integer() ? round_up(n * QuantRows::bytes(k_pad()), 64) : 0);
+  return PreparedRows::bytes(rows, k_pad(), float_rows(), any_integer());
 }
 
-LinearOp::Prepared LinearOp::prepared_in(uint8_t* memory, int rows) const {
-  Prepared to{in.data, in.stride, {}};
-  const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(k_pad());
-  if (float_rows()) {
-    to.x = reinterpret_cast<float*>(memory);
-    to.x_stride = static_cast<int64_t>(k);
-    memory += round_up(n * k * sizeof(float), 64);
-  }
-  if (any_integer()) {
-    to.quant.k_pad = k_pad();
-    to.quant.q = reinterpret_cast<int8_t*>(memory);
-    to.quant.scale = reinterpret_cast<float*>(memory + n * k);
-    to.quant.minus32 = reinterpret_cast<int32_t*>(to.quant.scale + n * (k / 32));
-    to.quant.minus16 = to.quant.minus32 + n * (k / 32);
-  }
-  return to;
+PreparedRows LinearOp::prepared_in(uint8_t* memory, int rows) const {
+  return PreparedRows::in(memory, rows, k_pad(), float_rows(), any_integer(), in.data, in.stride);
 }
 
 size_t LinearOp::workspace_bytes(const Limits& limits) const {
@@ -102,7 +112,7 @@ size_t LinearOp::scratch_bytes() const {
 }
 
 // Rows first..last of the input: normed, permuted, padded and quantised, whichever are called for.
-void LinearOp::prepare(const Context& c, const Prepared& to, int first, int last, float* rows) const {
+void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int last, float* rows) const {
   const int k = static_cast<int>(in.width), padded = k_pad();
   float *normed = rows, *permuted = rows + padded;
   for (int t = first; t < last; ++t) {
@@ -125,7 +135,7 @@ void LinearOp::prepare(const Context& c, const Prepared& to, int first, int last
 }
 
 // One thread's share of all parts' panels, counted through: the same memory goes to the same thread at every step.
-void LinearOp::multiply(const Context& c, const Prepared& from, int thread, float* scratch) const {
+void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
   LinearArgs args;
   args.rows = rows(c);
   args.x = from.x;
@@ -167,17 +177,175 @@ void LinearOp::run(const Context& c, int phase, int thread) const {
   float* kernel_scratch = reinterpret_cast<float*>(own + prepared_bytes(kPreparedByEach));
   if (!prepares(c)) return multiply(c, prepared_in(nullptr, 0), thread, kernel_scratch);
   if (count <= kPreparedByEach) {
-    const Prepared mine = prepared_in(own, kPreparedByEach);
+    const PreparedRows mine = prepared_in(own, kPreparedByEach);
     prepare(c, mine, 0, count, row);
     return multiply(c, mine, thread, kernel_scratch);
   }
-  const Prepared shared = prepared_in(c.workspace, count);
+  const PreparedRows shared = prepared_in(c.workspace, count);
   if (phase == 0) {
     int first, last;
     share_of(count, thread, c.threads, first, last);
     return prepare(c, shared, first, last, row);
   }
   multiply(c, shared, thread, kernel_scratch);
+}
+
+// ---- experts ---------------------------------------------------------------------------------------------------
+
+// Entry i is one (token, rank) pair; entries of one expert are neighbours, tokens ascending within it.
+struct ExpertsOp::Work {
+  int32_t* chosen;       // [tokens][top_k] experts, ascending
+  float* probability;    // [tokens][top_k]
+  int32_t* first_entry;  // [experts + 1]
+  int32_t* token_of;     // [entries]
+  int32_t* entry_of;     // [tokens][top_k]
+  PreparedRows input, hidden_rows;
+  Buffer hidden, result;
+};
+
+size_t ExpertsOp::lay_out(Work& w, uint8_t* memory, int tokens) const {
+  uint8_t* const begin = memory;
+  const size_t entries = static_cast<size_t>(tokens) * static_cast<size_t>(top_k);
+  auto take = [&memory](size_t bytes) {
+    uint8_t* at = memory;
+    memory += round_up(bytes, 64);
+    return at;
+  };
+  w.chosen = reinterpret_cast<int32_t*>(take(entries * 4));
+  w.probability = reinterpret_cast<float*>(take(entries * 4));
+  w.token_of = reinterpret_cast<int32_t*>(take(entries * 4));
+  w.entry_of = reinterpret_cast<int32_t*>(take(entries * 4));
+  w.first_entry = reinterpret_cast<int32_t*>(take((gate.size() + 1) * 4));
+  const int count = static_cast<int>(entries), k = gate[0]->k_pad, width = gate[0]->n, wide = down[0]->k_pad;
+  w.input = PreparedRows::in(take(PreparedRows::bytes(count, k, true, true)), count, k, true, true, nullptr, 0);
+  w.hidden = {reinterpret_cast<float*>(take(entries * static_cast<size_t>(width) * 4)), width, width};
+  w.hidden_rows =
+      PreparedRows::in(take(PreparedRows::bytes(count, wide, true, true)), count, wide, true, true, nullptr, 0);
+  w.result = {reinterpret_cast<float*>(take(entries * static_cast<size_t>(out.width) * 4)), out.width, out.width};
+  return static_cast<size_t>(memory - begin);
+}
+
+size_t ExpertsOp::workspace_bytes(const Limits& limits) const {
+  Work work;
+  return lay_out(work, nullptr, limits.max_tokens);
+}
+
+size_t ExpertsOp::scratch_bytes() const {
+  return linear_scratch_bytes(std::max(gate[0]->k_pad, down[0]->k_pad)) + gate.size() * 8 + 64;
+}
+
+// Softmax over all experts in float32, then the top_k greatest; the lower index wins a tie.
+void ExpertsOp::route(const Context& c, const Work& w, int thread) const {
+  int first, last;
+  share_of(c.step.tokens, thread, c.threads, first, last);
+  float* p = reinterpret_cast<float*>(c.scratch[static_cast<size_t>(thread)]);
+  for (int t = first; t < last; ++t) {
+    const float* row = router.data + t * router.stride;
+    const float most = *std::max_element(row, row + experts());
+    float total = 0.0f;
+    for (int e = 0; e < experts(); ++e) total += p[e] = std::exp(row[e] - most);
+    int32_t* chosen = w.chosen + t * top_k;
+    float* probability = w.probability + t * top_k;
+    float sum = 0.0f;
+    for (int r = 0; r < top_k; ++r) {
+      const int32_t best = static_cast<int32_t>(std::max_element(p, p + experts()) - p);
+      const float value = p[best] / total;
+      p[best] = -1.0f;  // taken
+      sum += value;
+      int at = r;  // kept in ascending order of expert
+      for (; at > 0 && chosen[at - 1] > best; --at) chosen[at] = chosen[at - 1], probability[at] = probability[at - 1];
+      chosen[at] = best, probability[at] = value;
+    }
+    for (int r = 0; normalise && r < top_k; ++r) probability[r] /= sum;
+  }
+}
+
+void ExpertsOp::sort(const Context& c, const Work& w) const {
+  const int entries = c.step.tokens * top_k;
+  std::fill(w.first_entry, w.first_entry + experts() + 1, 0);
+  for (int i = 0; i < entries; ++i) ++w.first_entry[w.chosen[i] + 1];
+  for (int e = 0; e < experts(); ++e) w.first_entry[e + 1] += w.first_entry[e];
+  int32_t* next = reinterpret_cast<int32_t*>(c.scratch[0]);
+  std::copy(w.first_entry, w.first_entry + experts(), next);
+  for (int i = 0; i < entries; ++i) {
+    const int entry = next[w.chosen[i]]++;
+    w.token_of[entry] = i / top_k;
+    w.entry_of[i] = entry;
+  }
+}
+
+void ExpertsOp::prepare(const Context& c, const Work& w, const PreparedRows& to, const Buffer& from, bool gathered,
+                        int thread) const {
+  int first, last;
+  share_of(c.step.tokens * top_k, thread, c.threads, first, last);
+  const int k = static_cast<int>(from.width);
+  for (int i = first; i < last; ++i) {
+    const float* row = from.data + (gathered ? w.token_of[i] : i) * from.stride;
+    float* kept = const_cast<float*>(to.x) + i * to.x_stride;
+    std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
+    std::fill(kept + k, kept + to.x_stride, 0.0f);
+    c.kernels->quantise(row, k, to.quant.row(i));
+  }
+}
+
+// All experts' panels counted through, so that threads share the work whichever experts were chosen.
+void ExpertsOp::multiply(const Context& c, const Work& w, bool second, int thread) const {
+  const PreparedRows& rows = second ? w.hidden_rows : w.input;
+  const Buffer& to = second ? w.result : w.hidden;
+  const std::vector<const Weight*>& weights = second ? down : gate;
+  const int panels = weights[0]->panels;
+  int active = 0, first, last, begin = 0;
+  for (int e = 0; e < experts(); ++e) active += w.first_entry[e + 1] > w.first_entry[e];
+  share_of(active * panels, thread, c.threads, first, last);
+  for (int e = 0; e < experts(); ++e) {
+    const int entry = w.first_entry[e], count = w.first_entry[e + 1] - entry;
+    if (count == 0) continue;
+    const int from_panel = std::max(first - begin, 0), to_panel = std::min(last - begin, panels);
+    begin += panels;
+    if (from_panel >= to_panel) continue;
+    LinearArgs args;
+    args.weight = weights[static_cast<size_t>(e)];
+    if (!second) args.up = up[static_cast<size_t>(e)], args.act = act;
+    args.rows = count;
+    args.integer = quantised && args.weight->integer();
+    args.x = rows.x + entry * rows.x_stride;
+    args.x_stride = static_cast<size_t>(rows.x_stride);
+    args.quant = rows.quant.row(entry);
+    args.epilogue.out = to.data + entry * to.stride;
+    args.epilogue.out_stride = static_cast<size_t>(to.stride);
+    c.kernels->linear(args, from_panel, to_panel, reinterpret_cast<float*>(c.scratch[static_cast<size_t>(thread)]));
+  }
+}
+
+void ExpertsOp::combine(const Context& c, const Work& w, int thread) const {
+  int first, last;
+  share_of(c.step.tokens, thread, c.threads, first, last);
+  for (int t = first; t < last; ++t) {
+    float* to = out.data + t * out.stride;
+    const float* added = add.data ? add.data + t * add.stride : nullptr;
+    for (int64_t j = 0; j < out.width; ++j) {
+      float sum = 0.0f;
+      for (int r = 0; r < top_k; ++r) {
+        const int i = t * top_k + r;
+        sum += w.probability[i] * w.result.data[w.entry_of[i] * w.result.stride + j];
+      }
+      to[j] = added ? added[j] + sum : sum;
+    }
+  }
+}
+
+void ExpertsOp::run(const Context& c, int phase, int thread) const {
+  Work w;
+  lay_out(w, c.workspace, c.step.tokens);
+  switch (phase) {
+    case 0: return route(c, w, thread);
+    case 1: return thread == 0 ? sort(c, w) : void();
+    case 2: return prepare(c, w, w.input, x, true, thread);
+    case 3: return multiply(c, w, false, thread);
+    case 4: return prepare(c, w, w.hidden_rows, w.hidden, false, thread);
+    case 5: return multiply(c, w, true, thread);
+    default: return combine(c, w, thread);
+  }
 }
 
 // ---- attention -------------------------------------------------------------------------------------------------

@@ -10,6 +10,18 @@ namespace miaotui {
 // Up to this many rows every thread prepares (norms, quantises) them for itself, which is cheaper than a barrier.
 constexpr int kPreparedByEach = 4;
 
+// Input rows in the forms that kernels read: float32 padded to k_pad, quantised, or both.
+struct PreparedRows {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  QuantRows quant;
+
+  static size_t bytes(int rows, int k_pad, bool floats, bool integers);
+  // Laid out in `memory`; without `floats` the rows are read where they are, at x.
+  static PreparedRows in(uint8_t* memory, int rows, int k_pad, bool floats, bool integers, const float* x,
+                         int64_t x_stride);
+};
+
 struct EmbedOp : Op {
   EmbedOp() : Op("embed") {}
   void run(const Context& c, int, int thread) const override;
@@ -72,21 +84,43 @@ struct LinearOp : Op {
   bool quantised = true;  // integer weights meet int8 activations; false is the exact float32 path
 
  private:
-  struct Prepared {
-    const float* x = nullptr;
-    int64_t x_stride = 0;
-    QuantRows quant;
-  };
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }
   bool any_integer() const;
   bool any_float() const;
   bool float_rows() const;  // whether float rows must be written (normed, permuted or padded) rather than read in place
   bool prepares(const Context&) const { return any_integer() || float_rows(); }
   int k_pad() const { return parts[0].weight->k_pad; }
-  Prepared prepared_in(uint8_t* memory, int rows) const;
+  PreparedRows prepared_in(uint8_t* memory, int rows) const;
   size_t prepared_bytes(int rows) const;
-  void prepare(const Context& c, const Prepared& to, int first, int last, float* rows) const;
-  void multiply(const Context& c, const Prepared& from, int thread, float* scratch) const;
+  void prepare(const Context& c, const PreparedRows& to, int first, int last, float* rows) const;
+  void multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const;
+};
+
+// A routed MLP: each token through the top_k experts of its router row, their results weighted and added in ascending
+// order of expert. Tokens are sorted by expert first, so that each expert's weights are read once for all its tokens.
+struct ExpertsOp : Op {
+  ExpertsOp() : Op("experts") {}
+  int phases(const Context&) const override { return 7; }
+  void run(const Context& c, int phase, int thread) const override;
+  size_t workspace_bytes(const Limits& limits) const override;
+  size_t scratch_bytes() const override;
+
+  std::vector<const Weight*> gate, up, down;
+  Buffer x, router, add, out;
+  int top_k = 1;
+  bool normalise = false, quantised = true;
+  Act act = Act::Silu;
+
+ private:
+  struct Work;  // the workspace, laid out for one step
+  int experts() const { return static_cast<int>(gate.size()); }
+  size_t lay_out(Work& work, uint8_t* memory, int tokens) const;
+  void route(const Context& c, const Work& work, int thread) const;
+  void sort(const Context& c, const Work& work) const;
+  void prepare(const Context& c, const Work& work, const PreparedRows& to, const Buffer& from, bool gathered,
+               int thread) const;
+  void multiply(const Context& c, const Work& work, bool second, int thread) const;
+  void combine(const Context& c, const Work& work, int thread) const;
 };
 
 struct RopeCacheOp : Op {
