@@ -18,6 +18,9 @@ from miaotui.errors import CheckpointError
 MAX_HEADER = 100_000_000
 """Bytes a header or a JSON file may have (the bound that the safetensors reference sets)."""
 
+MAX_JSON_OBJECTS, MAX_JSON_ITEMS = 1_000_000, 8_000_000
+"""Objects and lists, and values in them, that a JSON text may have: small text can become much memory."""
+
 AGAIN = "Download it again, or pass a file that is whole."
 
 
@@ -110,6 +113,8 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     """A JSON object whose keys are distinct at every level. Raises CheckpointError for anything else."""
+    if raw.count(b"{") + raw.count(b"[") > MAX_JSON_OBJECTS or raw.count(b",") > MAX_JSON_ITEMS:
+        damaged(path, "its JSON holds too many values")
     try:
         value = json.loads(raw, object_pairs_hook=_distinct)
     except RecursionError as error:

@@ -27,6 +27,9 @@ MAX_DEPTH = 4
 """How deep arrays of arrays may go."""
 MAX_NAME = 64 * 1024
 """Bytes of a key or a tensor's name."""
+MAX_KEYS, MAX_TENSORS = 100_000, 200_000
+MAX_ITEMS = 4_000_000
+"""Strings and inner arrays that a header may have in all; the largest vocabularies need a tenth."""
 MAX_DIMENSIONS = 4
 MAX_SPLITS = 9999
 
@@ -71,6 +74,13 @@ class _Header:
         self.data = file.map
         self.end = min(file.size, MAX_HEADER)
         self.position = 0
+        self.items = 0
+
+    def count_items(self, count: int, least_bytes: int) -> None:
+        """Admit `count` values that become Python objects, each at least so many bytes in the file."""
+        self.items += count
+        if count > (self.end - self.position) // least_bytes or self.items > MAX_ITEMS:
+            damaged(self.path, f"an array in it claims {count} values")
 
     def need(self, count: int) -> int:
         """Move past `count` bytes; returns where they start."""
@@ -103,8 +113,7 @@ class _Header:
 
     def strings(self, count: int) -> list[str]:
         """An array of strings. Vocabularies have 10⁵ of them, hence the plain loop and one decoding for all."""
-        if count > (self.end - self.position) // 8:
-            damaged(self.path, f"an array in it claims {count} strings")
+        self.count_items(count, 8)
         data, position, end, unpack = self.data, self.position, self.end, _U64.unpack_from
         pieces: list[bytes] = []
         add = pieces.append
@@ -141,8 +150,9 @@ class _Header:
         if kind == STRING:
             return self.strings(count)
         if kind == ARRAY:
-            if depth >= MAX_DEPTH or count > (self.end - self.position) // 12:
-                damaged(self.path, "it has arrays nested too deeply or too many of them")
+            if depth >= MAX_DEPTH:
+                damaged(self.path, "it has arrays nested too deeply")
+            self.count_items(count, 12)
             return [self.array(depth + 1) for _ in range(count)]
         if kind not in SCALARS:
             damaged(self.path, f"it has an array of the unknown type {kind}")
@@ -183,8 +193,8 @@ def _read(path: Path) -> _File:
     header = _Header(file)
     _check_start(header)
     tensor_count, key_count = header.u64(), header.u64()
-    rest = file.size - header.position
-    if tensor_count > rest // 24 or key_count > rest // 13:
+    rest = header.end - header.position
+    if tensor_count > min(MAX_TENSORS, rest // 24) or key_count > min(MAX_KEYS, rest // 13):
         damaged(path, f"it claims {tensor_count} tensors and {key_count} keys, more than fit in it")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):

@@ -124,16 +124,19 @@ def _is_network(error: Exception) -> bool:
 
 
 def _from_cache(repo: str, revision: str | None, file: str | None, why: str) -> Path:
-    """The snapshot of an earlier download."""
-    from huggingface_hub import errors, snapshot_download
+    """The snapshot of an earlier download, found by the cache's documented layout (refs name snapshots)."""
+    from huggingface_hub import constants
 
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    name = revision or "main"
+    reference = cached / "refs" / name
+    commit = reference.read_text().strip() if reference.is_file() else name
+    folder = cached / "snapshots" / commit
+    if not folder.is_dir():
         _absent(repo, why)
-    if file is not None:
-        return folder / file if (folder / file).is_file() else _absent(f"{repo}:{file}", why)
-    return folder
+    if file is None:
+        return folder
+    return folder / file if (folder / file).is_file() else _absent(f"{repo}:{file}", why)
 
 
 def _absent(what: str, why: str) -> NoReturn:

@@ -28,11 +28,11 @@ def resolve(model: str) -> Path:
         return demo.locate()
     try:
         path = Path(model).expanduser()
-        exists = path.exists()
+        exists = bool(model) and path.exists()
     except (OSError, ValueError, RuntimeError):
         exists = False
     if exists:
-        return _in_folder(path) if path.is_dir() else _file(path)
+        return _found(path)
     match = _HUB.fullmatch(model)
     if match is None or (model.endswith(".gguf") and match["file"] is None):
         raise ModelNotFoundError(f"There is no model at {model[:200]!r}.", _WHAT_IT_MAY_BE)
@@ -47,17 +47,22 @@ _WHAT_IT_MAY_BE = "MODEL is a folder, a .gguf file, a hub name such as org/name,
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open what `resolve` found. Reads headers only; raises CheckpointError for a file that is damaged."""
     path = Path(path)
-    if path.is_dir():
-        path = _in_folder(path)
-    elif not path.exists():
+    if not path.exists():
         raise ModelNotFoundError(f"There is no model at {str(path)[:200]!r}.", _WHAT_IT_MAY_BE)
-    if path.is_file():
-        _file(path)
-        if path.suffix != ".safetensors":
-            return GGUFCheckpoint(path)
+    path = _found(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        return GGUFCheckpoint(path)
     from miaotui.checkpoint.safetensors import SafetensorsCheckpoint
 
     return SafetensorsCheckpoint(path) if path.is_dir() else SafetensorsCheckpoint(path.parent, path.name)
+
+
+def _found(path: Path) -> Path:
+    """A folder with safetensors in it, or a model's file."""
+    try:
+        return _in_folder(path) if path.is_dir() else _file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error}.", "Check its permissions.") from error
 
 
 def _file(path: Path) -> Path:

@@ -59,7 +59,8 @@ class DenseTensor:
     def dense32(self) -> NDArray[np.float32]:
         if self.type == "bfloat16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
-        return self.data.astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a signalling nan is still a nan
+            return self.data.astype(np.float32)
 
     def rows(self, index: NDArray[np.int64] | slice) -> DenseTensor:
         return replace(self, data=self.data[index])
@@ -96,9 +97,10 @@ class GroupedTensor:
         width = self.codes.shape[-1]
         values = self.codes.astype(np.float32)
         values -= np.float32(self.scheme.zero)
-        values *= self._spread(self.scale, width)
-        if self.minimum is not None:
-            values += self._spread(self.minimum, width)
+        with np.errstate(invalid="ignore", over="ignore"):  # a damaged file's inf and nan stay what they are
+            values *= self._spread(self.scale, width)
+            if self.minimum is not None:
+                values += self._spread(self.minimum, width)
         if self.perm is not None:
             unpermuted = np.empty_like(values)
             unpermuted[..., self.perm] = values
