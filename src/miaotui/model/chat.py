@@ -24,10 +24,10 @@ class ChatTemplate:
 
     A user cannot forge a turn: in `encode`, the text of a special token inside messages, tools, documents or
     keyword arguments stays plain text. Method: when (and only when) such text occurs, the template is rendered with
-    it put between unforgeable marks, so that in the output the template's own special tokens can be told from the
-    user's (see SpecialText). Otherwise the output is encoded at once; either way the ids of everything else are
-    those of transformers' `apply_chat_template`. Added tokens that are not special (`<think>`) are tokens wherever
-    they occur, as in transformers.
+    it put between marks that no user can write, so that in the output the template's own special tokens can be told
+    from the user's (see SpecialText). Otherwise the output is encoded at once; either way the ids of everything
+    else are those of transformers' `apply_chat_template`. Added tokens that are not special (`<think>`) are tokens
+    wherever they occur, as in transformers.
     """
 
     def __init__(self, templates: str | Mapping[str, str], tokenizer: Tokenizer) -> None:
@@ -73,14 +73,15 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         *,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
         """The prompt's text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
-        `kwargs` (`chat_template_kwargs` of a request, such as `enable_thinking`) become template variables.
+        `chat_template_kwargs` of a request (such as `enable_thinking`) and `kwargs` become template variables.
         Raises RequestError where the messages do not fit the template or are not text.
         """
-        variables = self._variables(messages, tools, documents, kwargs)
+        variables = self._variables(messages, tools, documents, {**kwargs, **(chat_template_kwargs or {})})
         return self._render(variables, add_generation_prompt)
 
     def encode(
@@ -90,10 +91,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         *,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[int]:
         """The prompt's ids; special-token text in what users supply stays text. Arguments as for `render`."""
-        variables = self._variables(messages, tools, documents, kwargs)
+        variables = self._variables(messages, tools, documents, {**kwargs, **(chat_template_kwargs or {})})
         if not self._special.occurs_in(variables):
             text = self._render(variables, add_generation_prompt)
             return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
@@ -140,13 +142,13 @@ class ChatTemplate:
             ) from error
         except jinja2.TemplateError as error:
             raise RequestError(
-                f"The chat template refuses these messages: {error}.",
+                f"The chat template refuses these messages: {str(error).rstrip('.')}.",
                 "Change the roles, their order or the fields of the messages.",
                 param="messages",
             ) from error
         except Exception as error:  # a template is code of a stranger and may fail in any way
             raise RequestError(
-                f"The chat template fails on these messages: {type(error).__name__}: {error}.",
+                f"The chat template fails on these messages: {type(error).__name__}: {str(error).rstrip('.')}.",
                 "Check that each message has the fields the template reads.",
                 param="messages",
             ) from error

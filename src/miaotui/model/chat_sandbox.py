@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from miaotui.model.special_text import BEGIN, END
+
 MAX_STEPS = 1_000_000
 """Loop iterations one rendering may take, all loops together."""
 
@@ -27,6 +29,7 @@ MAX_CHARS = 64 << 20
 """Characters one rendering may produce, and the longest string a template may build on its way."""
 
 _BUDGET = "_steps"
+_ESCAPED_BEGIN, _ESCAPED_END = (json.dumps(mark)[1:-1] for mark in (BEGIN, END))
 
 
 class LimitError(Exception):
@@ -167,5 +170,6 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, not Jinja's, which escapes `<`, `>`, `&` and `'` for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """JSON as it is, not Jinja's, which escapes `<`, `>`, `&` and `'` for HTML; marks on user text stay unescaped."""
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return text.replace(_ESCAPED_BEGIN, BEGIN).replace(_ESCAPED_END, END) if ensure_ascii else text

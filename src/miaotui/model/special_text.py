@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,19 @@ if TYPE_CHECKING:
 
     from miaotui.model.tokenizer import Tokenizer
 
+BEGIN, END = "\ufdd0", "\ufdd1"
+"""Marks around special-token text of users: noncharacters, which Unicode keeps for a program's own use."""
+
+_ANCHOR = "\ufdd2"
+_NO_RESERVED = dict.fromkeys(map(ord, (BEGIN, END, _ANCHOR)))
+
 
 class SpecialText:
     """Marks special-token text in a user's strings, and encodes a rendered chat so that marked text stays text.
 
-    The marks are numbers of 24 random digits: no user can guess and forge them, and they pass unharmed through
-    what templates do to content (trim, JSON with or without `ensure_ascii`, upper and lower case).
+    The marks stand around each such text (as in transformers' `sanitize_control_tokens`), so that a template still
+    finds it in content it searches or splits. They are single noncharacters, which pass through what templates do
+    to content (trim, JSON, case, slices); users' own ones are removed, so they cannot be forged.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -30,8 +36,8 @@ class SpecialText:
         longest_first = sorted(filter(None, self._special), key=len, reverse=True)
         alternatives = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._pattern = re.compile(alternatives)
-        self._begin, self._end = (str(secrets.randbelow(9 * 10**23) + 10**23) for _ in range(2))
-        self._marked = re.compile(f"(?P<begin>{self._begin})|(?P<end>{self._end})|(?P<token>{alternatives})")
+        self._marked = re.compile(f"(?P<mark>[{BEGIN}{END}])|(?P<token>{alternatives})")
+        self._anchors = {content: f"{_ANCHOR}{i}{_ANCHOR}" for i, content in enumerate(self._special)}
 
     def occurs_in(self, value: Any) -> bool:
         """Whether any string in `value` (nested lists and dicts, keys too) holds special-token text."""
@@ -46,7 +52,11 @@ class SpecialText:
 
     def mark(self, value: Any) -> Any:
         """`value` with every special-token text in its strings put between the marks."""
-        return map_strings(value, lambda text: self._pattern.sub(rf"{self._begin}\g<0>{self._end}", text))
+
+        def around(text: str) -> str:
+            return self._pattern.sub(rf"{BEGIN}\g<0>{END}", text.translate(_NO_RESERVED))
+
+        return map_strings(value, around)
 
     def encode(self, rendered: str) -> list[int]:
         """Ids of a chat rendered from marked values: marked special-token text is encoded as the text it is.
@@ -61,11 +71,11 @@ class SpecialText:
         for match in self._marked.finditer(rendered):
             parts.append(rendered[position : match.start()])
             position = match.end()
-            if match["begin"]:
-                mark_end = match.end()
-            elif match["token"]:
+            if match["token"]:
                 literal = match.start() == mark_end
                 parts.append(match[0] if literal else self._anchors[match[0]])
+            elif match[0] == BEGIN:
+                mark_end = match.end()
         parts.append(rendered[position:])
         backend, real_ids = self._anchored
         ids = [real_ids.get(i, i) for i in backend.encode("".join(parts), add_special_tokens=False).ids]
@@ -76,17 +86,13 @@ class SpecialText:
         """Refuse where plain text still became a special token (a vocabulary whose merges produce one)."""
         anchors = set(self._anchors.values())
         written = sum(part in anchors for part in parts)
-        if sum(i in self._tokenizer.special_ids for i in ids) > written:
+        unknown = self._tokenizer.backend.token_to_id(getattr(self._tokenizer.backend.model, "unk_token", None) or "")
+        if sum(i in self._tokenizer.special_ids and i != unknown for i in ids) > written:
             raise RequestError(
                 "A message contains the text of a special token that this tokenizer cannot keep as text.",
                 "Remove the special token's text from the messages.",
                 param="messages",
             )
-
-    @cached_property
-    def _anchors(self) -> dict[str, str]:
-        nonce = secrets.token_hex(8)
-        return {content: f"\U000f0000{nonce}{i}\U000f0001" for i, content in enumerate(self._special)}
 
     @cached_property
     def _anchored(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:

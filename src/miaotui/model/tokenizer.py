@@ -82,7 +82,6 @@ class Tokenizer:
         config = read_json_asset(checkpoint, "tokenizer_config.json")
         specials = _named_special_tokens(config, read_json_asset(checkpoint, "special_tokens_map.json"))
         _add_missing_tokens(backend, config, specials)
-        _apply_bos_eos_flags(backend, config, specials)
         generation = read_json_asset(checkpoint, "generation_config.json")
         eos_ids = [*_ids(generation.get("eos_token_id")), *_ids(checkpoint.config.get("eos_token_id"))]
         known = {name: token for name, token in specials.items() if backend.token_to_id(token) is not None}
@@ -189,16 +188,6 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
     for text in [*specials.values(), *listed]:
         if text is not None and text not in known and backend.token_to_id(text) is not None:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _apply_bos_eos_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]) -> None:
-    """`add_bos_token`/`add_eos_token`, where tokenizer_config.json states one, replace the post-processor."""
-    if "add_bos_token" in config or "add_eos_token" in config:
-        set_bos_eos(
-            backend,
-            specials.get("bos_token") if config.get("add_bos_token") else None,
-            specials.get("eos_token") if config.get("add_eos_token") else None,
-        )
 
 
 def set_bos_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
