@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -55,14 +55,19 @@ class Engine:
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig) -> None:
         shape = executor.shape
+        config = replace(
+            config,
+            max_num_seqs=min(config.max_num_seqs, shape.max_seqs, shape.max_logits_rows),
+            max_num_batched_tokens=min(config.max_num_batched_tokens, shape.max_tokens),
+        )
         self.config = config
         self.tokenizer = tokenizer
         self.executor = executor
         executor.allocate_cache(config.blocks)
         self._blocks = BlockManager(config.blocks, config.enable_prefix_caching)
         limits = Limits(
-            max_tokens=min(config.max_num_batched_tokens, shape.max_tokens),
-            max_seqs=min(config.max_num_seqs, shape.max_seqs, shape.max_logits_rows),
+            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
             max_rows=shape.max_logits_rows,
         )
         self._scheduler = Scheduler(self._blocks, limits)

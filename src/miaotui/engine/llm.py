@@ -233,7 +233,7 @@ def _text_or_ids(prompt: Prompt) -> str | list[int]:
         found = prompt.get("prompt_token_ids", prompt.get("prompt"))
     if isinstance(found, str):
         return found
-    ids = list(found) if isinstance(found, Iterable) else [None]
+    ids: list[Any] = list(found) if isinstance(found, Iterable) else [None]
     if all(isinstance(i, int) for i in ids):
         return ids
     raise RequestError(

@@ -91,13 +91,13 @@ def draw(row: Row, params: SamplingParams, u: float) -> int:
     """Sample a token: the kept tokens in order of their ids, the first whose summed weight exceeds u · total."""
     scaled = row / np.float32(params.temperature)
     weights = np.exp(scaled - scaled.max())
-    kept = _keep(weights, params)
+    kept = keep(weights, params)
     heights = np.cumsum(weights if kept is None else weights[kept], dtype=np.float64)
     at = min(int(np.searchsorted(heights, u * heights[-1], side="right")), len(heights) - 1)
     return at if kept is None else int(kept[at])
 
 
-def _keep(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None:
+def keep(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None:
     """The ids, ascending, that min-p, then top-k, then top-p leave; None means all. weights: largest is 1."""
     kept: NDArray[np.intp] | None = None
     floor = np.float32(params.min_p)

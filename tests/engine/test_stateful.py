@@ -1,0 +1,97 @@
+"""Whatever is asked, in whatever order: blocks, sequences and requests always agree, and answers are right."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from miaotui.engine.params import BeamSearchParams, SamplingParams
+from miaotui.engine.request import RequestOutput
+from tests.engine.toys import naive_greedy, toy_engine
+
+PREFIXES = [[], list(range(16)), list(range(40)), [5] * 33]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests of every kind come and go while the engine is stepped; few blocks and seats, small budgets."""
+
+    requests: Bundle[str] = Bundle("requests")
+
+    @initialize(
+        blocks=st.integers(9, 30), seqs=st.integers(1, 5), budget=st.integers(1, 50), prefix=st.booleans(),
+        rows=st.integers(0, 3),
+    )  # fmt: skip
+    def begin(self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int) -> None:
+        self.engine = toy_engine(
+            blocks=blocks, seqs=seqs, budget=budget, prefix=prefix, rows=seqs + rows, max_model_len=144
+        )
+        self.prompts: dict[str, list[int]] = {}
+        self.greedy: dict[str, int] = {}
+        self.streamed: dict[str, list[int]] = {}
+
+    @rule(
+        target=requests, prefix=st.sampled_from(PREFIXES), own=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+        count=st.integers(1, 50), priority=st.integers(-1, 1), stream=st.booleans(),
+    )  # fmt: skip
+    def ask(self, prefix: list[int], own: list[int], count: int, priority: int, stream: bool) -> str:
+        params = SamplingParams(temperature=0.0, max_tokens=count)
+        request = self.engine.add_request(prefix + own, params, priority=priority, stream=stream)
+        self.prompts[request] = prefix + own
+        self.greedy[request] = count
+        return request
+
+    @rule(target=requests, n=st.integers(1, 4), scored=st.booleans(), own=st.lists(st.integers(0, 3), min_size=1))
+    def ask_for_several(self, n: int, scored: bool, own: list[int]) -> str:
+        params = SamplingParams(n=n, seed=1, max_tokens=8, prompt_logprobs=1 if scored else None)
+        return self.engine.add_request(own[:40], params)
+
+    @rule(target=requests, width=st.integers(1, 3), own=st.lists(st.integers(0, 3), min_size=1, max_size=20))
+    def search(self, width: int, own: list[int]) -> str:
+        width = min(width, self.engine.config.max_num_seqs)
+        return self.engine.add_request(own, BeamSearchParams(width, 10))
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            for output in self.engine.step():
+                self.check(output)
+            self.engine.check_integrity()
+
+    @rule(request=consumes(requests))
+    def cancel(self, request: str) -> None:
+        output = self.engine.cancel(request)
+        assert output is None or output.finished
+        self.greedy.pop(request, None)
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check_integrity()
+
+    def check(self, output: RequestOutput) -> None:
+        request = output.request_id
+        if request in self.greedy:
+            tokens = self.streamed.setdefault(request, [])
+            tokens += output.outputs[0].token_ids
+            if output.finished:
+                assert tokens == naive_greedy(self.prompts[request], self.greedy[request])
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(20_000):
+            if not self.engine.has_work:
+                break
+            for output in self.engine.step():
+                self.check(output)
+        assert not self.engine.has_work, "the engine makes no progress"
+        self.engine.check_integrity()
+        assert self.engine.stats.blocks_in_use == 0
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True, print_blob=False,
+)  # fmt: skip
