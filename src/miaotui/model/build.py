@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from miaotui.backends.ops import Backend, CacheSpec, CacheType, ComputeType, Executor, StepShape
 from miaotui.checkpoint import Checkpoint, open_checkpoint, resolve
 from miaotui.errors import DependencyError, RequestError, UsageError
-from miaotui.model.chat import ChatTemplate
 from miaotui.model.decoder import forward
 from miaotui.model.families import read_spec
 from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 from miaotui.model.weights import prepare_weights
+
+if TYPE_CHECKING:
+    from miaotui.model.chat import ChatTemplate
 
 T = TypeVar("T")
 
@@ -24,13 +27,22 @@ MIN_LOGITS_ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to run steps. `chat_template` is None when the checkpoint has none."""
+    """A model ready to run steps."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
     executor: Executor
-    chat_template: ChatTemplate | None
     checkpoint: Checkpoint
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own, None when it has none; read when first asked for, since plain prompts need none."""
+        from miaotui.model.chat import ChatTemplate
+
+        try:
+            return ChatTemplate.from_checkpoint(self.checkpoint, self.tokenizer)
+        except RequestError:
+            return None
 
 
 def load(
@@ -53,10 +65,38 @@ def load(
 
     Raises UsageError, ModelNotFoundError, CheckpointError, UnsupportedModelError, DependencyError, ResourceError.
     """
+    checkpoint = open_checkpoint(resolve(model))
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    spec, executor = build(
+        checkpoint,
+        device=device,
+        compute=compute,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_logits_rows=max_logits_rows,
+        threads=threads,
+    )
+    return LoadedModel(spec, tokenizer, executor, checkpoint)
+
+
+def build(
+    checkpoint: Checkpoint,
+    *,
+    device: str = "auto",
+    compute: str = "auto",
+    kv_cache_dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 512,
+    max_logits_rows: int | None = None,
+    threads: int | None = None,
+) -> tuple[ModelSpec, Executor]:
+    """`load` without text: only the checkpoint's configuration and weights are read."""
     make_backend = _choose("device", device, BACKENDS)
     cache_type = _choose("kv_cache_dtype", kv_cache_dtype, CACHE_TYPES)
     compute_type = _choose("compute", compute, COMPUTE_TYPES)
-    checkpoint = open_checkpoint(resolve(model))
     spec, names = read_spec(checkpoint, max_model_len)
     shape = StepShape(
         max_tokens=max_num_batched_tokens,
@@ -64,12 +104,10 @@ def load(
         max_logits_rows=max_logits_rows or min(max(max_num_seqs, MIN_LOGITS_ROWS), max_num_batched_tokens),
         max_model_len=_length(spec, max_model_len),
     )
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
     cache = CacheSpec(tuple(layer.attention for layer in spec.layers), cache_type)
     backend = make_backend(shape, cache, compute_type, threads)
     weights = prepare_weights(backend.ops, spec, names, checkpoint)
-    executor = backend.record(lambda ops: forward(ops, spec, weights))
-    return LoadedModel(spec, tokenizer, executor, _chat_template(checkpoint, tokenizer), checkpoint)
+    return spec, backend.record(lambda ops: forward(ops, spec, weights))
 
 
 def _length(spec: ModelSpec, wanted: int | None) -> int:
@@ -79,13 +117,6 @@ def _length(spec: ModelSpec, wanted: int | None) -> int:
         cause = f"max_model_len is {wanted}; this model reaches {spec.max_position} positions."
         raise UsageError(cause, f"Choose a --max-model-len from 1 to {spec.max_position}.")
     return wanted
-
-
-def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
-    try:
-        return ChatTemplate.from_checkpoint(checkpoint, tokenizer)
-    except RequestError:  # it has none
-        return None
 
 
 # -- backends, each resolved once ------------------------------------------------------------------------

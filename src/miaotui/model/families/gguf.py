@@ -115,9 +115,11 @@ def _rope(arch: str, checkpoint: Checkpoint, family: Family, names: frozenset[st
     if original:
         values["original_max_position_embeddings"] = original
     if "rope_freqs.weight" in names:
-        values |= {"rope_type": "divided", "divisors": checkpoint.tensor("rope_freqs.weight").dense32()}
+        values |= {"rope_type": "divided", "divisors": checkpoint.tensor("rope_freqs.weight").dense32().tolist()}
     elif "rope_factors_long.weight" in names:
-        long, short = (checkpoint.tensor(f"rope_factors_{kind}.weight").dense32() for kind in ("long", "short"))
+        long, short = (
+            checkpoint.tensor(f"rope_factors_{kind}.weight").dense32().tolist() for kind in ("long", "short")
+        )
         values |= {"rope_type": "longrope", "long_factor": long, "short_factor": short}
         values["attention_factor"] = get("scaling.attn_factor")
     else:
