@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import decoders, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -213,6 +214,15 @@ def test_metadata_that_cannot_be_used(change: dict[str, Any], error: type[Except
     metadata = tiny.gguf_byte_level(tiny.byte_level("gpt-2"), "gpt-2") | change
     with pytest.raises(error, match=words):
         _from_gguf(metadata)
+
+
+def test_arrays_may_be_numpy_ones() -> None:
+    lists = tiny.gguf_sentencepiece()
+    arrays = {key: np.array(value) if key.endswith(("scores", "type")) else value for key, value in lists.items()}
+    for text in tiny.TEXTS:
+        assert _from_gguf(arrays).encode(text) == _from_gguf(lists).encode(text)
+    with pytest.raises(CheckpointError, match="one score per token"):
+        _from_gguf(arrays | {"tokenizer.ggml.scores": np.zeros(3)})
 
 
 def test_twice_the_same_token_is_refused() -> None:

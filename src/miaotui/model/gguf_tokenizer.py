@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -97,14 +98,22 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _types(metadata: Mapping[str, Any]) -> Sequence[int]:
+def _types(metadata: Mapping[str, Any]) -> list[int]:
     """The kind of each token; all normal where the file states none."""
     tokens = _array(metadata, "tokens")
     stated = metadata.get("tokenizer.ggml.token_type")
-    types = [_NORMAL] * len(tokens) if stated is None else [int(kind) for kind in stated]
+    types: list[int] = [_NORMAL] * len(tokens) if stated is None else np.asarray(stated).tolist()
     if len(types) != len(tokens):
         raise CheckpointError("The GGUF file has not one type per token.", "Convert the model to GGUF again.")
     return types
+
+
+def _scores(metadata: Mapping[str, Any]) -> list[float]:
+    """The score of each token."""
+    scores: list[float] = np.asarray(_array(metadata, "scores"), dtype=np.float32).tolist()
+    if len(scores) != len(_array(metadata, "tokens")):
+        raise CheckpointError("The GGUF file has not one score per token.", "Convert the model to GGUF again.")
+    return scores
 
 
 def _array(metadata: Mapping[str, Any], key: str) -> Sequence[Any]:
@@ -165,7 +174,7 @@ def _sentencepiece(vocab: dict[str, int], metadata: Mapping[str, Any]) -> Tokeni
     if merges is not None:
         pairs = _pairs(merges)
     else:  # Gemma's scores do not follow its merge order; the order of its pieces does
-        scores = [-float(i) for i in range(len(vocab))] if gemma else _array(metadata, "scores")
+        scores = [-float(i) for i in range(len(vocab))] if gemma else _scores(metadata)
         pairs = sentencepiece_merges(vocab, scores, types)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     unk_token = next((token for token, i in vocab.items() if i == unknown), None)
