@@ -29,10 +29,25 @@ MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
   return {_mm256_and_ps(r.a, _mm256_cmp_ps(x.a, t, _CMP_NLT_UQ)),
           _mm256_and_ps(r.b, _mm256_cmp_ps(x.b, t, _CMP_NLT_UQ))};
 }
+MIAOTUI_INLINE F16x scaled_from(F16x r, F16x n, F16x x, float limit) {
+  return keep_from(mul(r, pow2(to_int(n))), x, limit);
+}
 MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)))};
+}
+// NaN stays NaN.
+inline void store_bf16(uint16_t* p, F16x x) {
+  uint32_t bits[16];
+  memcpy(bits, &x, 64);
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t rounded = (bits[i] + 0x7FFFu + ((bits[i] >> 16) & 1u)) >> 16;
+    p[i] = static_cast<uint16_t>((bits[i] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  }
+}
+inline void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
+  for (int i = 0; i < 16; ++i) p[2 * i + odd] = x[i];
 }
 
 struct KeyBytes {

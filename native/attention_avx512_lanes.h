@@ -8,8 +8,23 @@ MIAOTUI_INLINE F16x keep_lanes(F16x x, int from, int to) {
 MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), r);
 }
+MIAOTUI_INLINE F16x scaled_from(F16x r, F16x n, F16x x, float limit) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), r, n);
+}
 MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+MIAOTUI_INLINE void store_bf16(uint16_t* p, F16x x) {
+  const __m512i bits = _mm512_castps_si512(x),
+                lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), lowest);
+  const __m512i kept =
+      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+MIAOTUI_INLINE void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  _mm512_mask_storeu_epi16(p, odd ? 0xAAAAAAAAu : 0x55555555u, _mm512_sllv_epi32(words, _mm512_set1_epi32(odd * 16)));
 }
 
 struct KeyBytes {

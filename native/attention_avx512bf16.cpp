@@ -26,10 +26,13 @@ MIAOTUI_INLINE DotLine splat_dot(const void* p) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 }
 MIAOTUI_INLINE F16x dot_bf16(F16x acc, DotLine line, DotLine x) { return _mm512_dpbf16_ps(acc, line, x); }
-MIAOTUI_INLINE F16x store_bf16(void* p, F16x x) {
-  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
-  _mm256_storeu_si256(static_cast<__m256i*>(p), rounded);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+MIAOTUI_INLINE DotLine store_dot(void* p, F16x x, F16x y) {
+  const __m512bh line = _mm512_cvtne2ps_pbh(y, x);
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(line));
+  return line;
+}
+MIAOTUI_INLINE F16x sum_dot(F16x acc, DotLine line) {
+  return _mm512_dpbf16_ps(acc, line, reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3F803F80)));
 }
 
 #include "attention_impl.h"

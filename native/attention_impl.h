@@ -5,10 +5,13 @@
 //   kAccumulators         F16x accumulators that fit into the registers
 //   keep_lanes(x, a, b)   lanes [a, b) of x, −inf elsewhere; a ≤ 16, b ≥ 0
 //   keep_from(r, x, t)    lanes of r where x ≥ t (or x is NaN), 0 elsewhere
+//   scaled_from(r, n, x, t)  lanes of r · 2^n where x ≥ t (or x is NaN), 0 elsewhere; n integers ≥ −127
 //   load_int8(p)          16 int8 as floats
+//   store_bf16(p, x)      16 bfloat16, to nearest even
+//   store_every_other(p, odd, x)  p[2 i + odd] = x[i] for 16 words, touching no other
 //   KeyBytes, load_key_bytes(p), dot_key_bytes(acc, k, q02, q13): 16 positions × 4 int8 d against int16 q
-//   and if MIAOTUI_DOT_BF16 is defined: DotLine, load_dot(p), splat_dot(p), dot_bf16(acc, line, x), store_bf16(p, x),
-//   which returns what it stored
+//   and if MIAOTUI_DOT_BF16 is defined: DotLine, load_dot(p), splat_dot(p), dot_bf16(acc, line, x),
+//   store_dot(p, x, y): 32 bfloat16, which it returns; sum_dot(acc, line): acc + the line's pairs
 //
 // A query row is one (token, head of the group). A row's result is one chain of operations that the tile it is computed
 // in does not change: positions that it does not see contribute a probability of exactly 0, and products are added by
@@ -29,18 +32,23 @@ MIAOTUI_INLINE T most(T a, T b) {
 
 #include "attention_types.h"
 
-// 2^x for x ≤ 0, exactly 1 at 0, 0 below −126; relative error 1e-7 (polynomial: Cephes exp2f).
+// 2^x for x ≤ 0, exactly 1 at 0, 0 below −126. Relative error 1e-7 (polynomial: Cephes exp2f), or 1e-4 if ROUGH, which
+// is a twentieth of bfloat16's rounding (minimax cubic, 1 at 0).
+template <bool ROUGH = false>
 MIAOTUI_INLINE F16x exp2_lanes(F16x x) {
-  const F16x bounded = max(splat(-126.0f), x);
-  const F16x n = round(bounded), f = sub(bounded, n);
-  F16x p = splat(1.535336188319500e-4f);
-  p = fma(p, f, splat(1.339887440266574e-3f));
-  p = fma(p, f, splat(9.618437357674640e-3f));
-  p = fma(p, f, splat(5.550332471162809e-2f));
-  p = fma(p, f, splat(2.402264791363012e-1f));
-  p = fma(p, f, splat(6.931472028550421e-1f));
-  p = fma(p, f, splat(1.0f));
-  return keep_from(mul(p, pow2(to_int(n))), x, -126.0f);
+  const F16x n = round(max(splat(-127.0f), x)), f = sub(x, n);
+  F16x p;
+  if constexpr (ROUGH) {
+    p = fma(splat(0.0550088602f), f, splat(0.242210963f));
+    p = fma(p, f, splat(0.693282935f));
+  } else {
+    p = fma(splat(1.535336188319500e-4f), f, splat(1.339887440266574e-3f));
+    p = fma(p, f, splat(9.618437357674640e-3f));
+    p = fma(p, f, splat(5.550332471162809e-2f));
+    p = fma(p, f, splat(2.402264791363012e-1f));
+    p = fma(p, f, splat(6.931472028550421e-1f));
+  }
+  return scaled_from(fma(p, f, splat(1.0f)), n, x, -126.0f);
 }
 
 // tanh, relative error 2e-7: an odd polynomial below 0.625 (Cephes tanhf), (1 − e^−2|x|) / (1 + e^−2|x|) above.
@@ -200,33 +208,62 @@ struct State {
   float* sum;
 };
 
-// A row of scores (log2 units, or tanh's argument with a soft cap) becomes probabilities relative to the row's maximum
-// in this chunk. Blocks [0, blocks) from `scores` on; the row sees lanes [low, high) of them.
-template <typename T>
-__attribute__((noinline)) void softmax_row(float* scores, int blocks, int low, int high, float softcap,
-                                           const uint8_t* const* values, int dp, float& row_max, float& row_sum) {
+// A row of a chunk's scores (log2 units, or tanh's argument with a soft cap) becomes probabilities relative to the
+// row's maximum in this chunk. Blocks [first, end) of the chunk have scores; the row sees positions [low, high) of it.
+// Pairs of blocks are cut at the chunk's start, so that a lane of the sum holds the same positions in every tile.
+struct Row {
+  int first;
+  int end;
+  int low;
+  int high;
+};
+
+MIAOTUI_INLINE F16x seen_lanes(F16x x, const Row& row, int block) {
+  const int from = row.low - block * kBlockSize, to = row.high - block * kBlockSize;
+  return from > 0 || to < kBlockSize ? keep_lanes(x, least(from, 16), most(to, 0)) : x;
+}
+
+// The row's largest score; scores become final (log2 units, −inf where not seen).
+inline F16x finish_scores(float* scores, const Row& row, float softcap) {
   F16x largest = splat(kMinusInfinity);
-  for (int b = 0; b < blocks; ++b) {
+  for (int b = row.first; b < row.end; ++b) {
     float* at = scores + b * kBlockSize;
-    const int from = low - b * kBlockSize, to = high - b * kBlockSize;
     F16x x = load(at);
     if (softcap > 0.0f) x = mul(tanh_lanes(x), splat(softcap * kLog2e));
-    if (from > 0 || to < kBlockSize) x = keep_lanes(x, least(from, 16), most(to, 0));
-    store(at, x);
+    const bool whole = row.low <= b * kBlockSize && row.high >= (b + 1) * kBlockSize;
+    if (!whole) x = seen_lanes(x, row, b);
+    if (!whole || softcap > 0.0f) store(at, x);
     largest = max(largest, x);
   }
-  row_max = reduce_max(largest);
+  return largest;
+}
+
+template <typename T>
+__attribute__((noinline)) void softmax_row(float* scores, const Row& row, float softcap, const uint8_t* const* values,
+                                           int dp, float& row_max, float& row_sum) {
+  row_max = reduce_max(finish_scores(scores, row, softcap));
   const F16x base = splat(row_max == kMinusInfinity ? 0.0f : row_max);
   F16x sum = zero();
-  for (int b = 0; b < blocks; ++b) {
-    float* at = scores + b * kBlockSize;
-    F16x p = exp2_lanes(sub(load(at), base));
 #ifdef MIAOTUI_DOT_BF16
-    if constexpr (T::kDotScores) p = store_bf16(scores + b * (kBlockSize / 2), p);
+  if constexpr (T::kDotScores) {  // in place: pairs of blocks become bfloat16 in half the room
+    const int first = row.first & ~1;
+    float* out = scores + first * (kBlockSize / 2);
+    if (first < row.first) store(scores + first * kBlockSize, splat(kMinusInfinity));
+    if (row.end & 1) store(scores + row.end * kBlockSize, splat(kMinusInfinity));
+    for (int b = first; b < row.end; b += 2, out += kBlockSize) {
+      const F16x low = exp2_lanes<true>(sub(load(scores + b * kBlockSize), base));
+      const F16x high = exp2_lanes<true>(sub(load(scores + (b + 1) * kBlockSize), base));
+      sum = sum_dot(sum, store_dot(out, low, high));
+    }
+    row_sum = reduce_add(sum);
+    return;
+  }
 #endif
+  for (int b = row.first; b < row.end; ++b) {
+    F16x p = exp2_lanes(sub(load(scores + b * kBlockSize), base));
     sum = add(sum, p);
-    if constexpr (T::kScaled) p = mul(p, load(reinterpret_cast<const float*>(values[b] + dp * kBlockSize)));
-    if constexpr (!T::kDotScores) store(at, p);
+    if constexpr (T::kScaled) p = mul(p, load(reinterpret_cast<const float*>(values[b - row.first] + dp * kBlockSize)));
+    store(scores + b * kBlockSize, p);
   }
   row_sum = reduce_add(sum);
 }
@@ -297,12 +334,14 @@ struct ChunkTiles {
   const uint8_t* keys[kBlocksPerChunk];
   int first = 0;  // block of the first
   int count = 0;
+  int offset = 0;  // of the first within the chunk
 
   ChunkTiles(const AttentionArgs& args, const Item& item, int chunk, size_t tile_bytes) {
     const StepView& step = *args.step;
     const int32_t* table = step.block_table + static_cast<int64_t>(item.seq) * step.table_stride;
     first = most(item.first_block, chunk * kBlocksPerChunk);
     count = least(item.end_block, (chunk + 1) * kBlocksPerChunk) - first;
+    offset = first - chunk * kBlocksPerChunk;
     const uint8_t* base = args.cache.base + static_cast<size_t>(item.head) * 2 * tile_bytes;
     for (int b = 0; b < count; ++b) keys[b] = base + static_cast<size_t>(table[first + b]) * args.cache.block_stride;
   }
@@ -311,12 +350,12 @@ struct ChunkTiles {
 template <typename T>
 void softmax_rows(const AttentionArgs& args, const Item& item, const Work& work, const ChunkTiles& tiles,
                   const uint8_t* const* values, const State& chunk) {
-  const int group = args.heads / args.kv_heads, base = tiles.first * kBlockSize;
+  const int group = args.heads / args.kv_heads, base = (tiles.first - tiles.offset) * kBlockSize;
   for (int r = 0; r < work.rows; ++r) {
-    const int position = item.position + r / group, high = position + 1 - base;
+    const int position = item.position + r / group;
     const int low = args.window > 0 ? most(position - args.window + 1 - base, 0) : 0;
-    softmax_row<T>(work.scores() + r * kChunk, tiles.count, low, high, args.softcap, values, work.dp, chunk.max[r],
-                   chunk.sum[r]);
+    const Row row{tiles.offset, tiles.offset + tiles.count, low, position + 1 - base};
+    softmax_row<T>(work.scores() + r * kChunk, row, args.softcap, values, work.dp, chunk.max[r], chunk.sum[r]);
   }
 }
 
@@ -333,7 +372,7 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
       const int first = groups.first(g), count = groups.first(g + 1) - first;
       const ScoreCall<T> call{
           tiles.keys + b, least(4, tiles.count - b),  reinterpret_cast<const Word*>(work.queries()) + first * words,
-          work.dp,        work.query_scale() + first, work.scores() + first * kChunk + b * kBlockSize};
+          work.dp,        work.query_scale() + first, work.scores() + first * kChunk + (tiles.offset + b) * kBlockSize};
       with_rows<kQueryRows>(count, call);
     }
   }
@@ -347,11 +386,12 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
   if (state) merge_rows(work.rows, *state, chunk, work.keep(), work.gain());
   for (int g = 0; g < groups.count; ++g) {
     const int first = groups.first(g), count = groups.first(g + 1) - first;
+    const float* scores = work.scores() + first * kChunk + tiles.offset * (T::kDotScores ? kBlockSize / 2 : kBlockSize);
     const ValueTile tile{values,
                          next,
                          tiles.count,
                          work.dp,
-                         work.scores() + first * kChunk,
+                         scores,
                          (state ? state->out : chunk.out) + first * work.dp,
                          state ? work.keep() + first : nullptr,
                          work.gain() + first};

@@ -28,10 +28,23 @@ inline F16x keep_from(F16x r, F16x x, float limit) {
   for (int i = 0; i < 16; ++i) r.v[i] = x.v[i] < limit ? 0.0f : r.v[i];
   return r;
 }
+inline F16x scaled_from(F16x r, F16x n, F16x x, float limit) { return keep_from(mul(r, pow2(to_int(n))), x, limit); }
 inline F16x load_int8(const int8_t* p) {
   F16x r;
   for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(p[i]);
   return r;
+}
+// NaN stays NaN.
+inline void store_bf16(uint16_t* p, F16x x) {
+  uint32_t bits[16];
+  memcpy(bits, &x, 64);
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t rounded = (bits[i] + 0x7FFFu + ((bits[i] >> 16) & 1u)) >> 16;
+    p[i] = static_cast<uint16_t>((bits[i] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  }
+}
+inline void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
+  for (int i = 0; i < 16; ++i) p[2 * i + odd] = x[i];
 }
 
 struct KeyBytes {

@@ -7,12 +7,19 @@
 //   kDotScores    probabilities are kept as bfloat16 pairs
 //   kScaled       tiles end with a scale for each position
 
-// Rounded to nearest even; NaN stays NaN.
-MIAOTUI_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+// Elements d … d + 15 of a row of dim elements, zero beyond its end.
+MIAOTUI_INLINE F16x row_lanes(const float* row, int d, int dim) { return load_n(row + d, most(0, least(16, dim - d))); }
+
+// out[i · stride] = words[i] for 16 words.
+template <typename Word>
+MIAOTUI_INLINE void scatter(Word* out, int stride, const Word* words) {
+  for (int i = 0; i < 16; ++i) out[i * stride] = words[i];
+}
+
+inline float most_abs(const float* row, int dim) {
+  F16x largest = zero();
+  for (int d = 0; d < dim; d += 16) largest = max(largest, abs(row_lanes(row, d, dim)));
+  return reduce_max(largest);
 }
 
 struct Fp32 {
@@ -52,7 +59,11 @@ struct Fp32 {
   }
 
   static float pack(Word* out, int rows, const float* q, int dim, int dp, float factor) {
-    for (int d = 0; d < dp; ++d) out[d * rows] = d < dim ? q[d] * factor : 0.0f;
+    for (int d = 0; d < dp; d += 16) {
+      float words[16];
+      store(words, mul(row_lanes(q, d, dim), splat(factor)));
+      scatter(out + d * rows, rows, words);
+    }
     return 1.0f;
   }
 
@@ -74,10 +85,15 @@ struct Bf16Cache {
   static MIAOTUI_INLINE F16x finish(Sum sum, float, const float*) { return sum; }
 
   static void put(uint8_t* keys, uint8_t* values, const float* k, const float* v, int slot, int dim, int dp) {
-    uint16_t* kt = reinterpret_cast<uint16_t*>(keys);
-    for (int d = 0; d < dim; ++d) kt[(d / 2 * kBlockSize + slot) * 2 + d % 2] = to_bf16(k[d]);
-    uint16_t* vt = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2 + slot % 2;
-    for (int d = 0; d < dim; ++d) vt[d * 2] = to_bf16(v[d]);
+    uint32_t* kt = reinterpret_cast<uint32_t*>(keys) + slot;
+    uint16_t* vt = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2;
+    for (int d = 0; d < dim; d += 16) {
+      uint16_t rounded[16];
+      store_bf16(rounded, row_lanes(k, d, dim));
+      for (int i = 0; i < 8; ++i) memcpy(kt + (d / 2 + i) * kBlockSize, rounded + 2 * i, 4);
+      store_bf16(rounded, row_lanes(v, d, dim));
+      store_every_other(vt + d * 2, slot % 2, rounded);
+    }
   }
 };
 
@@ -160,9 +176,11 @@ struct Bf16Dot : Bf16Cache {
   }
 
   static float pack(Word* out, int rows, const float* q, int dim, int dp, float factor) {
-    for (int d = 0; d < dp; d += 2) {
-      const uint32_t low = d < dim ? to_bf16(q[d] * factor) : 0u, high = d + 1 < dim ? to_bf16(q[d + 1] * factor) : 0u;
-      out[d / 2 * rows] = low | high << 16;
+    for (int d = 0; d < dp; d += 32) {
+      uint32_t words[16];
+      store_dot(words, mul(row_lanes(q, d, dim), splat(factor)), mul(row_lanes(q, d + 16, dim), splat(factor)));
+      const int count = least(16, (dp - d) / 2);
+      for (int i = 0; i < count; ++i) out[(d / 2 + i) * rows] = words[i];
     }
     return 1.0f;
   }
@@ -212,11 +230,13 @@ struct Int8 {
   // Words of a step: d 0 and 2, then d 1 and 3. Returns what one unit of the packed query is worth.
   static float pack(Word* out, int rows, const float* q, int dim, int dp, float factor) {
     const float largest = most_abs(q, dim), unit = largest > 0.0f ? kQueryMost / largest : 0.0f;
-    for (int d = 0; d < dp; d += 4) {
-      const uint32_t a = quantised(q, d, dim, unit), b = quantised(q, d + 1, dim, unit);
-      const uint32_t c = quantised(q, d + 2, dim, unit), e = quantised(q, d + 3, dim, unit);
-      out[d / 2 * rows] = static_cast<int32_t>(a | c << 16);
-      out[(d / 2 + 1) * rows] = static_cast<int32_t>(b | e << 16);
+    for (int d = 0; d < dp; d += 16, out += 8 * rows) {
+      int32_t x[16];
+      quantise(x, row_lanes(q, d, dim), unit);
+      for (int i = 0; i < 16; i += 4) {
+        out[i / 2 * rows] = static_cast<int32_t>((x[i] & 0xFFFF) | static_cast<uint32_t>(x[i + 2]) << 16);
+        out[(i / 2 + 1) * rows] = static_cast<int32_t>((x[i + 1] & 0xFFFF) | static_cast<uint32_t>(x[i + 3]) << 16);
+      }
     }
     return largest / kQueryMost * factor;
   }
@@ -224,23 +244,20 @@ struct Int8 {
   static void put(uint8_t* keys, uint8_t* values, const float* k, const float* v, int slot, int dim, int dp) {
     const float k_most = most_abs(k, dim), v_most = most_abs(v, dim);
     const float k_unit = k_most > 0.0f ? 127.0f / k_most : 0.0f, v_unit = v_most > 0.0f ? 127.0f / v_most : 0.0f;
-    int8_t* kt = reinterpret_cast<int8_t*>(keys);
-    for (int d = 0; d < dim; ++d)
-      kt[(d / 4 * kBlockSize + slot) * 4 + d % 4] = static_cast<int8_t>(nearest(k[d] * k_unit));
-    int8_t* vt = reinterpret_cast<int8_t*>(values) + slot * dp;
-    for (int d = 0; d < dim; ++d) vt[d] = static_cast<int8_t>(nearest(v[d] * v_unit));
+    for (int d = 0; d < dim; d += 16) {
+      int8_t x[16];
+      store_int8(x, to_int(round(mul(row_lanes(k, d, dim), splat(k_unit)))));
+      for (int i = 0; i < 16; i += 4) memcpy(keys + (d / 4 + i / 4) * 64 + slot * 4, x + i, 4);
+      store_int8(x, to_int(round(mul(row_lanes(v, d, dim), splat(v_unit)))));
+      memcpy(values + slot * dp + d, x, 16);
+    }
     reinterpret_cast<float*>(keys + dp * kBlockSize)[slot] = k_most / 127.0f;
     reinterpret_cast<float*>(values + dp * kBlockSize)[slot] = v_most / 127.0f;
   }
 
  private:
-  static MIAOTUI_INLINE int32_t nearest(float x) { return static_cast<int32_t>(x + (x < 0.0f ? -0.5f : 0.5f)); }
-  static uint32_t quantised(const float* q, int d, int dim, float unit) {
-    return d < dim ? static_cast<uint32_t>(nearest(q[d] * unit)) & 0xFFFFu : 0u;
-  }
-  static float most_abs(const float* x, int n) {
-    float largest = 0.0f;
-    for (int i = 0; i < n; ++i) largest = most(largest, __builtin_fabsf(x[i]));
-    return largest;
+  static MIAOTUI_INLINE void quantise(int32_t* out, F16x x, float unit) {
+    const I16x rounded = to_int(round(mul(x, splat(unit))));
+    memcpy(out, &rounded, 64);
   }
 };
