@@ -9,7 +9,7 @@ NATIVE := $(wildcard native/*)
 
 demo: .venv/.base
 	@echo "==> a real answer from SmolLM2-135M (fetched once), then its speed beside this machine's ceilings"
-	$(BIN)/miaotui run demo "What is the capital of France? Answer in one sentence." --max-tokens 48 --temperature 0 --stats
+	$(BIN)/miaotui run demo "What is gravity?" --max-tokens 64 --temperature 0 --stats
 	$(BIN)/miaotui bench demo --regimes start,prefill-512,decode-1@16,throughput-8 --repeat 3
 
 test: .venv/.dev .venv/.base

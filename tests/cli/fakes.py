@@ -34,6 +34,8 @@ class FakeLLM:
     model: str = "fake"
     options: dict[str, Any] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
+    chat_template: str | None = "a template"
+    closed: bool = False
 
     def stream(self, prompt: str, params: SamplingParams) -> Iterator[Output]:
         self.asked.append((prompt, params))
@@ -49,8 +51,11 @@ class FakeLLM:
         self.asked.append(messages)
         return self.stream(messages[-1]["content"], params)
 
-    def close(self) -> None:
-        pass
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[FakeLLM]:
     made: list[FakeLLM] = []
 
     def make(model: str, **options: Any) -> FakeLLM:
-        made.append(FakeLLM(model, options))
+        made.append(FakeLLM(model, options, chat_template=None if model == "base" else "a template"))
         return made[-1]
 
     module = ModuleType("miaotui.engine.llm")

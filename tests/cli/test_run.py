@@ -18,6 +18,7 @@ def test_streams_to_stdout_and_figures_to_stderr(fake_llm: list[FakeLLM], capsys
     out, err = capsys.readouterr()
     assert out == "one two \n"
     assert "3 tokens in, 2 out" in err
+    assert fake_llm[0].closed
     assert (fake_llm[0].model, fake_llm[0].options["threads"]) == ("m", 3)
     assert "max_model_len" not in fake_llm[0].options
     prompt, params = fake_llm[0].asked[-1]
@@ -31,6 +32,12 @@ def test_system_and_raw(fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[s
     assert len(fake_llm[1].asked) == 1
     assert main(["run", "m", "hi", "--raw", "--system", "x"]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template(fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "base", "hi"]) == 1
+    assert "--raw" in capsys.readouterr().err
+    assert main(["run", "base", "hi", "--raw"]) == 0
 
 
 def test_json(fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:

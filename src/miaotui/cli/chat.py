@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from miaotui.cli.load import load
 from miaotui.cli.options import MODEL, engine_options, sampling_options, take_engine, take_sampling
 from miaotui.errors import MiaotuiError, UsageError
 
@@ -33,12 +34,11 @@ HELP = """\
 @engine_options
 def command(model: str, system: str | None, **options: Any) -> None:
     """Talk with MODEL. /help lists what can be typed besides questions."""
-    from miaotui.engine.llm import LLM
     from miaotui.engine.params import SamplingParams
 
     params = SamplingParams(**take_sampling(options))
-    llm = LLM(model, **take_engine(options))
-    Conversation(llm, params, model, system).talk()
+    with load(model, take_engine(options)) as llm:
+        Conversation(llm, params, model, system).talk()
 
 
 class Conversation:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from miaotui.cli.load import load
 from miaotui.cli.options import MODEL, engine_options, sampling_options, take_engine, take_sampling
-from miaotui.errors import UsageError
+from miaotui.errors import RequestError, UsageError
 
 if TYPE_CHECKING:
+    from miaotui.engine.llm import LLM
+    from miaotui.engine.params import SamplingParams
     from miaotui.engine.request import RequestOutput
 
 
@@ -38,25 +42,27 @@ def command(
         raise UsageError("--system needs the chat template that --raw leaves out.", "Drop one of the two.")
     sampling = take_sampling(options)
     started = time.perf_counter()
-    from miaotui.engine.llm import LLM
     from miaotui.engine.params import SamplingParams
 
     params = SamplingParams(**sampling)
-    llm = LLM(model, **take_engine(options))
-    tally = Tally(started, time.perf_counter())
-    if raw:
-        stream = llm.stream(text, params)
-    else:
-        messages = [{"role": "user", "content": text}]
-        stream = llm.stream_chat([{"role": "system", "content": system}, *messages] if system else messages, params)
-    for output in stream:
-        piece = tally.add(output)
-        if piece and not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    with load(model, take_engine(options)) as llm:
+        tally = Tally(started, time.perf_counter())
+        for output in llm.stream(text, params) if raw else _answer(llm, text, system, params):
+            piece = tally.add(output)
+            if piece and not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     sys.stdout.write(json.dumps(tally.report(model), ensure_ascii=False) + "\n" if as_json else "\n")
     if stats:
         click.echo(tally.sentence(), err=True)
+
+
+def _answer(llm: LLM, text: str, system: str | None, params: SamplingParams) -> Iterator[RequestOutput]:
+    """The stream of an answer to a message. Raises RequestError for a model that knows no messages."""
+    if llm.chat_template is None:
+        raise RequestError(f"{llm.model} has no chat template.", "Add --raw to continue the prompt as it stands.")
+    told = [] if system is None else [{"role": "system", "content": system}]
+    return llm.stream_chat([*told, {"role": "user", "content": text}], params)
 
 
 class Tally:
