@@ -69,7 +69,9 @@ MIAOTUI_INLINE F16x tanh_lanes(F16x x) {
 // ---- tiles
 // -----------------------------------------------------------------------------------------------------------
 
-constexpr int tiles_for(int rows) { return kAccumulators / rows >= 4 ? 4 : kAccumulators / rows >= 2 ? 2 : 1; }
+constexpr int tiles_for(int rows, int accumulators) {
+  return accumulators / rows >= 4 ? 4 : accumulators / rows >= 2 ? 2 : 1;
+}
 
 // Scores of R rows against N blocks, out[r · kChunk + 16 n]. The V tile, which follows the K tile, is fetched
 // meanwhile.
@@ -150,14 +152,14 @@ __attribute__((noinline)) void value_tile(const ValueTile& tile, int d) {
 template <typename T, int R>
 void score_rows(const uint8_t* const* keys, int blocks, const typename T::Word* q, int dp, const float* query_scale,
                 float* out) {
-  constexpr int N = tiles_for(R);
+  constexpr int N = tiles_for(R, T::kScaled ? kAccumulators / 2 : kAccumulators);  // int8 lines need registers
   for (; blocks >= N; blocks -= N, keys += N, out += N * kBlockSize) score_tile<T, R, N>(keys, q, dp, query_scale, out);
   for (; blocks > 0; --blocks, ++keys, out += kBlockSize) score_tile<T, R, 1>(keys, q, dp, query_scale, out);
 }
 
 template <typename T, int R>
 void value_rows(const ValueTile& tile) {
-  constexpr int N = tiles_for(R);
+  constexpr int N = tiles_for(R, kAccumulators);
   int d = 0;
   for (; d + 16 * N <= tile.dp; d += 16 * N) value_tile<T, R, N>(tile, d);
   if constexpr (N > 2) {
