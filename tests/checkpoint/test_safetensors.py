@@ -261,6 +261,13 @@ def test_a_symmetric_gptq_file_is_told_by_its_zeros(tmp_path: Path, version: int
     np.testing.assert_array_equal(read.dense32(), values)
 
 
+def test_a_weight_both_whole_and_in_parts(tmp_path: Path) -> None:
+    parts, _ = gptq_parts(1, np.full((2, 16), 8, np.int32), None)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    with pytest.raises(CheckpointError, match="both whole and in parts"):
+        open_checkpoint(write_folder(tmp_path, {**parts, "m.weight": random((16, 64))}, config))
+
+
 def test_gptq_described_beside_the_weights(tmp_path: Path) -> None:
     parts, values = gptq_parts(1, np.full((2, 16), 8, np.int32), None)
     write_folder(tmp_path, parts)

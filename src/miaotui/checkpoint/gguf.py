@@ -296,7 +296,7 @@ class GGUFCheckpoint:
         first = _read(path)
         count = first.metadata.get("split.count", 1)
         paths = split_paths(path) if type(count) is int and count > 1 else [path]
-        if type(count) is not int or (count > 1 and len(paths) != count):
+        if type(count) is not int or count < 0 or (count > 1 and len(paths) != count):
             damaged(path, f"it is part of a model in {count!r:.20} files but is not named like one")
         for other in paths:
             if not other.is_file():

@@ -37,7 +37,8 @@ def download(repo: str, revision: str | None = None, file: str | None = None) ->
 def _list(repo: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
-    return HfApi().list_repo_files(repo, revision=revision)
+    info = HfApi().model_info(repo, revision=revision, timeout=20)  # unlike list_repo_files, it is not retried
+    return [sibling.rfilename for sibling in info.siblings or []]
 
 
 def _fetch(repo: str, revision: str | None, wanted: list[str]) -> Path:

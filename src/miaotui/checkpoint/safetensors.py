@@ -122,6 +122,9 @@ class SafetensorsCheckpoint:
         self._joined: dict[str, dict[str, str]] = self._layout.find(entries) if self._layout else {}
         pieces = {piece for parts in self._joined.values() for piece in parts.values()}
         self._plain = [name for name in self._where if name not in pieces]
+        for name in self._plain:
+            if name in self._joined:
+                damaged(folder, f"it has {name[:100]!r} both whole and in parts")
 
     def _read_config(self) -> dict[str, Any]:
         path = beside(self.path, "config.json")
