@@ -18,7 +18,7 @@ from tests.golden.paged import Paged  # noqa: E402
 from tests.golden.test_families_golden import backends  # noqa: E402
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "秒推 means")
-NEW = 24
+NEW = 16
 CLOSE = 1e-4
 """Two best logits nearer than this may change places."""
 

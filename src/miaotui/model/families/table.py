@@ -207,6 +207,7 @@ FAMILIES: tuple[Family, ...] = (
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "max_position_embeddings": 131_072,
+            "_sliding_window_pattern": 6,
         },
         biases=("attention_bias", "attention_bias", False),
         hf_names=names.HF_GEMMA,
@@ -254,7 +255,12 @@ FAMILIES: tuple[Family, ...] = (
         words(
             "attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier attention_multiplier",
         ),
-        defaults={"attention_multiplier": 1.0},
+        defaults={
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
         biases=("attention_bias", "attention_bias", "mlp_bias"),
         gguf="granite",
         gguf_names=names.GGUF_INTERLEAVED,
