@@ -64,7 +64,8 @@ std::vector<float> floats(const std::optional<Array1<float>>& a) {
 
 // ---- weights ---------------------------------------------------------------------------------------------------
 
-std::shared_ptr<PackedWeight> dense_weight(Pool& pool, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> data,
+std::shared_ptr<PackedWeight> dense_weight(Pool& pool,
+                                           nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> data,
                                            const std::string& type) {
   const Code code = type == "float32" ? Code::F32 : type == "float16" ? Code::F16 : Code::BF16;
   const size_t item = code == Code::F32 ? 4 : 2;

@@ -42,19 +42,25 @@ struct Weight {
 };
 
 // Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127].
-// Sums are kept because a weight's zero point (or minimum) multiplies them.
+// Rows lie in the tiles in which a kernel takes them (12 at a time, then what is left): a tile of M rows that begins at
+// row t is [groups of 32][M][32] at q + t * k_pad, and its other arrays likewise, so that a kernel walks one stream.
+// Sums are kept because a weight's zero point multiplies them, and sum * scale because a minimum does.
 struct QuantRows {
-  int8_t* q = nullptr;         // [rows][k_pad]
-  float* scale = nullptr;      // [rows][k_pad / 32]
-  int32_t* minus16 = nullptr;  // [rows][k_pad / 16]: -sum of q over 16
-  int32_t* minus32 = nullptr;  // [rows][k_pad / 32]: -sum of q over 32
+  int8_t* q = nullptr;         // [groups][M][32]
+  float* scale = nullptr;      // [groups][M]
+  int32_t* minus32 = nullptr;  // [groups][M]: -sum of q over 32
+  float* total32 = nullptr;    // [groups][M]: scale * sum
+  int32_t* minus16 = nullptr;  // [2 * groups][M]: the same over 16
+  float* total16 = nullptr;
   int k_pad = 0;
+  int rows = 0;
 
-  QuantRows row(int i) const {
-    size_t r = static_cast<size_t>(i), g = static_cast<size_t>(k_pad / 32);
-    return {q + r * k_pad, scale + r * g, minus16 + r * g * 2, minus32 + r * g, k_pad};
+  // The rows that begin at `row`, on a tile's border, as rows of their own.
+  QuantRows from(int row, int count) const {
+    const size_t r = static_cast<size_t>(row), g = r * static_cast<size_t>(k_pad / 32);
+    return {q + r * k_pad, scale + g, minus32 + g, total32 + g, minus16 + 2 * g, total16 + 2 * g, k_pad, count};
   }
-  static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 16; }
+  static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 28; }
 };
 
 // What happens to a result on its way out: out = softcap((result + bias) * scale + add).
@@ -88,7 +94,8 @@ struct Kernels {
   // out[0..n) = norm(x) * weight (+ bias) (+ add), float32 throughout.
   void (*norm)(const float* x, const float* weight, const float* bias, const float* add, float eps, int n, bool layer,
                float* out);
-  void (*quantise)(const float* x, int k, QuantRows row);
+  // x [k] becomes row `row` of `to`, its padding zero.
+  void (*quantise)(const float* x, int k, const QuantRows& to, int row);
   // out = act(gate) * up; up may be null.
   void (*activate)(const float* gate, const float* up, int n, Act act, float* out);
   // Row `row` of the weight as float32, times `factor`.

@@ -71,15 +71,8 @@ struct IntTile {  // one panel against M rows
   const Weight* weight;
 };
 
-// acc starts at -zero * sum(a), so that the sum over (code - zero) comes out by itself.
-template <int M, bool MIN>
-MIAOTUI_INLINE void start_sums(I16x (&sum)[M], const int32_t* minus, size_t stride, int shift) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sum[m] = isplat(MIN ? 0 : minus[m * stride] * (1 << shift));
-}
-
 template <Code CODE, int FOLD, int M>
-MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a, size_t a_stride) {
+MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a) {
   constexpr int step = CODE == Code::INT4 ? 8 : 4;
 #pragma GCC unroll 8
   for (int k = 0; k < FOLD; k += step) {
@@ -87,25 +80,28 @@ MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t*
     if constexpr (CODE == Code::INT4) {
       Bytes low = low_nibbles(w), high = high_nibbles(w);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], low, a + m * a_stride + k);
+      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], low, a + m * 32 + k);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], high, a + m * a_stride + k + 4);
+      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], high, a + m * 32 + k + 4);
     } else {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<true>(sum[m], w, a + m * a_stride + k);
+      for (int m = 0; m < M; ++m) sum[m] = dot4<true>(sum[m], w, a + m * 32 + k);
     }
   }
 }
 
+// The sum over (code - zero) comes out by itself when the accumulator starts at -zero * sum(a).
 template <Code CODE, bool MIN, int FOLD, int M>
 __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& rows, float* out) {
   const Weight& w = *tile.weight;
   const int folds = w.k_pad / FOLD, line = scale_line(w.scale_type), per_group = w.folds_per_group;
-  const size_t code_step = CODE == Code::INT4 ? FOLD * 8 : FOLD * 16;
-  const size_t a_stride = w.k_pad, s_stride = w.k_pad / 32, m_stride = w.k_pad / FOLD;
+  constexpr size_t code_step = CODE == Code::INT4 ? FOLD * 8 : FOLD * 16;
   const int32_t* minus = FOLD == 32 ? rows.minus32 : rows.minus16;
+  const float* total = FOLD == 32 ? rows.total32 : rows.total16;
+  const int8_t* a = rows.q;
+  const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
-  const int shift = w.zero_shift;
+  const int zero_point = 1 << w.zero_shift;
   const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins;
   F16x acc[M];
 #pragma GCC unroll 16
@@ -113,26 +109,20 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   int left = per_group;
   for (int f = 0; f < folds; ++f) {
     I16x sum[M];
-    start_sums<M, MIN>(sum, minus + f, m_stride, shift);
-    dot_fold<CODE, FOLD, M>(sum, codes, rows.q + f * FOLD, a_stride);
-    codes += code_step;
-    const F16x scale = load_scale(scales, type);
-    const float* a_scale = rows.scale + f * FOLD / 32;
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[m]), mul(scale, splat(a_scale[m * s_stride])), acc[m]);
+    for (int m = 0; m < M; ++m) sum[m] = isplat(MIN ? 0 : minus[m] * zero_point);
+    dot_fold<CODE, FOLD, M>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
+    const F16x scale = load_scale(scales, type);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[m]), mul(scale, splat(a_scale[m])), acc[m]);
     if constexpr (MIN) {
       const F16x minimum = load_scale(mins, type);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        float total = a_scale[m * s_stride] * static_cast<float>(-minus[m * m_stride + f]);
-        acc[m] = fma(minimum, splat(total), acc[m]);
-      }
+      for (int m = 0; m < M; ++m) acc[m] = fma(minimum, splat(total[m]), acc[m]);
     }
-    if (--left == 0) {
-      left = per_group;
-      scales += line;
-      mins += line;
-    }
+    codes += code_step, minus += M, total += M;
+    if (FOLD == 32 || f % 2) a += M * 32, a_scale += M;
+    if (--left == 0) left = per_group, scales += line, mins += line;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) store(out + m * 16, acc[m]);
@@ -152,41 +142,39 @@ MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float*
   return wide ? int_tile<Code::INT8, false, 32, M>(t, rows, out) : int_tile<Code::INT8, false, 16, M>(t, rows, out);
 }
 
-// Rows in tiles of the sizes that are compiled; a rest of 5 is 4 + 1.
+// How many of the `left` rows the next tile takes; a rest of 5 goes as 4 + 1.
+constexpr int next_tile(int left) {
+  if (kMaxTile >= 12 && left >= 12) return 12;
+  if (kMaxTile >= 8 && left >= 8) return 8;
+  if (kMaxTile >= 6 && left >= 6) return 6;
+  if (kMaxTile >= 4 && left >= 4) return 4;
+  if (kMaxTile >= 3 && left >= 3) return 3;
+  return left >= 2 ? 2 : 1;
+}
+
+// tile(Int<M>, first row) for every tile of the rows.
 template <typename F>
 MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
-  int r = 0;
-  while (r < rows) {
-    const int left = rows - r;
-    if constexpr (kMaxTile >= 12)
-      if (left >= 12) {
-        tile(Int<12>{}, r), r += 12;
-        continue;
-      }
-    if constexpr (kMaxTile >= 8)
-      if (left >= 8) {
-        tile(Int<8>{}, r), r += 8;
-        continue;
-      }
-    if constexpr (kMaxTile >= 6)
-      if (left >= 6) {
-        tile(Int<6>{}, r), r += 6;
-        continue;
-      }
-    if constexpr (kMaxTile >= 4)
-      if (left >= 4) {
-        tile(Int<4>{}, r), r += 4;
-        continue;
-      }
-    if constexpr (kMaxTile >= 3)
-      if (left >= 3) {
-        tile(Int<3>{}, r), r += 3;
-        continue;
-      }
-    if (left >= 2) {
-      tile(Int<2>{}, r), r += 2;
-    } else {
-      tile(Int<1>{}, r), r += 1;
+  for (int r = 0, m; r < rows; r += m) {
+    m = next_tile(rows - r);
+    switch (m) {
+      case 12:
+        if constexpr (kMaxTile >= 12) tile(Int<12>{}, r);
+        break;
+      case 8:
+        if constexpr (kMaxTile >= 8) tile(Int<8>{}, r);
+        break;
+      case 6:
+        if constexpr (kMaxTile >= 6) tile(Int<6>{}, r);
+        break;
+      case 4:
+        if constexpr (kMaxTile >= 4) tile(Int<4>{}, r);
+        break;
+      case 3:
+        if constexpr (kMaxTile >= 3) tile(Int<3>{}, r);
+        break;
+      case 2: tile(Int<2>{}, r); break;
+      default: tile(Int<1>{}, r);
     }
   }
 }
@@ -194,7 +182,9 @@ MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
 inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, float* out) {
   const IntTile tile{w.codes + panel * w.panel_bytes, w.scales + panel * w.panel_scale_bytes,
                      w.mins + panel * w.panel_scale_bytes, &w};
-  for_tiles(count, [&](auto m, int r) { int_tile_any<decltype(m)::value>(tile, rows.row(r), out + r * 16); });
+  for_tiles(count, [&](auto m, int r) {
+    int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
+  });
 }
 
 // ---- float tiles -----------------------------------------------------------------------------------------------
@@ -316,7 +306,7 @@ constexpr int kRowChunk = 48;  // rows between two visits of a panel: its result
 
 inline void panel_times_rows(const LinearArgs& args, const Weight& w, int panel, int row0, int rows, float* out,
                              float* scratch) {
-  if (args.integer) return int_panel(w, panel, args.quant.row(row0), rows, out);
+  if (args.integer) return int_panel(w, panel, args.quant.from(row0, rows), rows, out);
   float_panel(w, panel, args.x + row0 * args.x_stride, args.x_stride, rows, out, scratch);
 }
 
@@ -385,21 +375,28 @@ inline void norm(const float* x, const float* weight, const float* bias, const f
 }
 
 // Dynamic int8, symmetric, per 32 elements: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)).
-inline void quantise(const float* x, int k, QuantRows row) {
-  for (int g = 0; g < row.k_pad / 32; ++g) {
-    const int left = k - g * 32;
+inline void quantise(const float* x, int k, const QuantRows& to, int row) {
+  int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
+  while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
+  const QuantRows tile = to.from(begin, m);
+  row -= begin;
+  for (int g = 0; g < to.k_pad / 32; ++g) {
+    const int left = k - g * 32, at = g * m + row, at16 = 2 * g * m + row;
     const F16x a = load_n(x + g * 32, left >= 16 ? 16 : left < 0 ? 0 : left);
     const F16x b = left > 16 ? load_n(x + g * 32 + 16, left >= 32 ? 16 : left - 16) : zero();
     const float most = reduce_max(max(abs(a), abs(b)));
     const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
     const F16x qa = round(mul(a, inverse)), qb = round(mul(b, inverse));
-    store_int8(row.q + g * 32, to_int(qa));
-    store_int8(row.q + g * 32 + 16, to_int(qb));
-    const int32_t sa = static_cast<int32_t>(reduce_add(qa)), sb = static_cast<int32_t>(reduce_add(qb));
-    row.scale[g] = most / 127.0f;
-    row.minus16[2 * g] = -sa;
-    row.minus16[2 * g + 1] = -sb;
-    row.minus32[g] = -(sa + sb);
+    store_int8(tile.q + at * 32, to_int(qa));
+    store_int8(tile.q + at * 32 + 16, to_int(qb));
+    const float scale = most / 127.0f, sa = reduce_add(qa), sb = reduce_add(qb);
+    tile.scale[at] = scale;
+    tile.minus32[at] = -static_cast<int32_t>(sa + sb);
+    tile.total32[at] = scale * (sa + sb);
+    tile.minus16[at16] = -static_cast<int32_t>(sa);
+    tile.minus16[at16 + m] = -static_cast<int32_t>(sb);
+    tile.total16[at16] = scale * sa;
+    tile.total16[at16 + m] = scale * sb;
   }
 }
 

@@ -27,11 +27,10 @@ PreparedRows PreparedRows::in(uint8_t* memory, int rows, int k_pad, bool floats,
     memory += round_up(n * k * sizeof(float), 64);
   }
   if (integers) {
-    to.quant.k_pad = k_pad;
-    to.quant.q = reinterpret_cast<int8_t*>(memory);
-    to.quant.scale = reinterpret_cast<float*>(memory + n * k);
-    to.quant.minus32 = reinterpret_cast<int32_t*>(to.quant.scale + n * (k / 32));
-    to.quant.minus16 = to.quant.minus32 + n * (k / 32);
+    const size_t groups = n * (k / 32);
+    float* f = reinterpret_cast<float*>(memory + n * k);
+    int32_t* i = reinterpret_cast<int32_t*>(f + 4 * groups);
+    to.quant = {reinterpret_cast<int8_t*>(memory), f, i, f + groups, i + groups, f + 2 * groups, k_pad, rows};
   }
   return to;
 }
@@ -130,7 +129,7 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
       std::memcpy(kept, x, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + padded, 0.0f);
     }
-    if (any_integer()) c.kernels->quantise(x, k, to.quant.row(t));
+    if (any_integer()) c.kernels->quantise(x, k, to.quant, t);
   }
 }
 
@@ -177,7 +176,7 @@ void LinearOp::run(const Context& c, int phase, int thread) const {
   float* kernel_scratch = reinterpret_cast<float*>(own + prepared_bytes(kPreparedByEach));
   if (!prepares(c)) return multiply(c, prepared_in(nullptr, 0), thread, kernel_scratch);
   if (count <= kPreparedByEach) {
-    const PreparedRows mine = prepared_in(own, kPreparedByEach);
+    const PreparedRows mine = prepared_in(own, count);
     prepare(c, mine, 0, count, row);
     return multiply(c, mine, thread, kernel_scratch);
   }
@@ -279,12 +278,16 @@ void ExpertsOp::prepare(const Context& c, const Work& w, const PreparedRows& to,
   int first, last;
   share_of(c.step.tokens * top_k, thread, c.threads, first, last);
   const int k = static_cast<int>(from.width);
-  for (int i = first; i < last; ++i) {
-    const float* row = from.data + (gathered ? w.token_of[i] : i) * from.stride;
-    float* kept = const_cast<float*>(to.x) + i * to.x_stride;
-    std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
-    std::fill(kept + k, kept + to.x_stride, 0.0f);
-    c.kernels->quantise(row, k, to.quant.row(i));
+  for (int e = 0; e < experts(); ++e) {
+    const int begin = w.first_entry[e], count = w.first_entry[e + 1] - begin;
+    const QuantRows quant = to.quant.from(begin, count);
+    for (int i = std::max(first, begin); i < std::min(last, begin + count); ++i) {
+      const float* row = from.data + (gathered ? w.token_of[i] : i) * from.stride;
+      float* kept = const_cast<float*>(to.x) + i * to.x_stride;
+      std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
+      std::fill(kept + k, kept + to.x_stride, 0.0f);
+      c.kernels->quantise(row, k, quant, i - begin);
+    }
   }
 }
 
@@ -310,7 +313,7 @@ void ExpertsOp::multiply(const Context& c, const Work& w, bool second, int threa
     args.integer = quantised && args.weight->integer();
     args.x = rows.x + entry * rows.x_stride;
     args.x_stride = static_cast<size_t>(rows.x_stride);
-    args.quant = rows.quant.row(entry);
+    args.quant = rows.quant.from(entry, count);
     args.epilogue.out = to.data + entry * to.stride;
     args.epilogue.out_stride = static_cast<size_t>(to.stride);
     c.kernels->linear(args, from_panel, to_panel, reinterpret_cast<float*>(c.scratch[static_cast<size_t>(thread)]));
