@@ -43,6 +43,7 @@ def test_json_schema(temperature: float, stream: bool) -> None:
     [
         (StructuredOutputs(regex=r"[a-c]{3}-[0-9]{2,4}"), r"[a-c]{3}-[0-9]{2,4}"),
         (StructuredOutputs(choice=["yes", "no", "may.be"]), r"yes|no|may\.be"),
+        (StructuredOutputs(choice=["a\n\t\\", 'say "é中"', "/x/ -"]), r'a\n\t\\|say "é中"|/x/ -'),
         (StructuredOutputs(grammar='start: "(" start ")" | "x"'), r"\(*x\)*"),
         (StructuredOutputs(json='{"type": "boolean"}'), r"true|false"),
     ],

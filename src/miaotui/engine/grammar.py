@@ -7,7 +7,6 @@ that token is computed, natively and without Python's lock, the mask for the nex
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -124,6 +123,7 @@ def _source(wanted: StructuredOutputs) -> str:
     if wanted.regex is not None:
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
-        return str(LLMatcher.grammar_from_regex("|".join(re.escape(choice) for choice in wanted.choice)))
+        texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in wanted.choice)
+        return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
     assert wanted.grammar is not None
     return str(LLMatcher.grammar_from_lark(wanted.grammar))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from types import TracebackType
@@ -42,11 +42,12 @@ class LLM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         enable_prefix_caching: bool = True,
         threads: int | None = None,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Literal["auto", "cpu", "cuda", "reference"] = "auto",
     ) -> None:
         """Load `model`: a folder, a `.gguf` file, a hub name or `demo`.
 
         `max_model_len` tokens of prompt and answer; None means what the model and the memory allow.
+        `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
         from miaotui.hardware.detect import available_memory
@@ -81,6 +82,8 @@ class LLM:
         )
         self.engine = Engine(executor, loaded.tokenizer, config)
         self._inbox: dict[str, deque[RequestOutput]] = {}
+        self._dropped: list[str] = []
+        """Requests whose streams nobody holds any more; cancelled before the next step."""
 
     # -- asking ------------------------------------------------------------------------------------------
     def generate(
@@ -112,12 +115,11 @@ class LLM:
         return self.generate(prompts, params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
-        """Continue one prompt; yields what each step adds. Closing the iterator cancels the request.
+        """Continue one prompt; the stream yields what each step adds.
 
-        The request is checked at once, so that a RequestError comes from here and not from the iterator.
+        The request is checked at once, so that a RequestError comes from here and not from the stream.
         """
-        request_id = self._add(prompt, params or SamplingParams(), priority, stream=True)
-        return self._follow(request_id)
+        return Stream(self, self._add(prompt, params or SamplingParams(), priority, stream=True))
 
     def chat(
         self,
@@ -175,24 +177,19 @@ class LLM:
 
     def _step(self) -> None:
         """One step; every output goes to whoever asked."""
+        while self._dropped:
+            self._forget(self._dropped.pop())
         for output in self.engine.step():
             self._inbox[output.request_id].append(output)
+
+    def _next_output(self, request_id: str) -> RequestOutput:
+        while not self._inbox[request_id]:
+            self._step()
+        return self._inbox[request_id].popleft()
 
     def _forget(self, request_id: str) -> None:
         self.engine.cancel(request_id)
         self._inbox.pop(request_id, None)
-
-    def _follow(self, request_id: str) -> Stream:
-        try:
-            inbox, finished = self._inbox[request_id], False
-            while not finished:
-                while not inbox:
-                    self._step()
-                output = inbox.popleft()
-                finished = output.finished
-                yield output
-        finally:
-            self._forget(request_id)
 
     def _run_all(self, asked: Iterator[tuple[int, Prompt, Params, int]]) -> Iterator[tuple[int, RequestOutput]]:
         """Finished outputs as they come. Requests enter as there is work for them, so that few wait in memory."""
@@ -217,8 +214,31 @@ class LLM:
                 self._forget(request_id)
 
 
-Stream = Generator[RequestOutput, None, None]
-"""What a request got, step by step."""
+class Stream(Iterator[RequestOutput]):
+    """What one request gets, step by step. `close` it, or drop it, to cancel what is left of the request."""
+
+    def __init__(self, llm: LLM, request_id: str) -> None:
+        self._llm = llm
+        self._request_id = request_id
+        self._open = True
+
+    def __next__(self) -> RequestOutput:
+        if not self._open:
+            raise StopIteration
+        output = self._llm._next_output(self._request_id)
+        if output.finished:
+            self.close()
+        return output
+
+    def close(self) -> None:
+        """Cancel the request if it is not finished. Closing twice is harmless."""
+        if self._open:
+            self._open = False
+            self._llm._forget(self._request_id)
+
+    def __del__(self) -> None:
+        if self._open:  # this may be in the middle of a step, wherever the collector comes by
+            self._llm._dropped.append(self._request_id)
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -1,0 +1,159 @@
+"""The public API over a toy model: prompts of every form, order, streams, chats, memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import miaotui.hardware.detect
+import miaotui.model.build
+from miaotui import LLM, BeamSearchParams, SamplingParams
+from miaotui.backends.ops import StepShape
+from miaotui.engine.memory import fit_cache
+from miaotui.errors import RequestError, ResourceError, UsageError
+from tests.engine.toys import EOS, ToyExecutor, naive_greedy, toy_tokenizer
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@dataclass
+class ToySpec:
+    eos_token_ids: tuple[int, ...] = (EOS,)
+
+
+class ToyTemplate:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, messages: Any, tools: Any = None, **template: Any) -> list[int]:
+        said = "".join(f"{m['role']}:{m['content']};" for m in messages)
+        return self._tokenizer.encode(f"{said}{len(tools or ())}{sorted(template)}")
+
+
+@dataclass
+class ToyLoaded:
+    spec: Any
+    tokenizer: Any
+    executor: Any
+    chat_template: Any
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    def load(model: str, **options: Any) -> ToyLoaded:
+        shape = StepShape(options["max_num_batched_tokens"], options["max_num_seqs"], options["max_num_seqs"], 256)
+        tokenizer = toy_tokenizer()
+        return ToyLoaded(ToySpec(), tokenizer, ToyExecutor(shape), ToyTemplate(tokenizer))
+
+    monkeypatch.setattr(miaotui.model.build, "load", load)
+    monkeypatch.setattr(miaotui.hardware.detect, "available_memory", lambda: 50_000)
+    with LLM("toy", max_num_seqs=4, max_num_batched_tokens=64) as made:
+        yield made
+    assert made.engine.executor.closed  # type: ignore[attr-defined]
+
+
+def test_prompts_of_every_form(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("hello")
+    prompts: list[Any] = ["hello", ids, {"prompt_token_ids": ids}, {"prompt": "hello"}, tuple(ids)]
+    wanted = naive_greedy(ids, 12)
+    for output in (*llm.generate(prompts, GREEDY), *(llm.generate(p, GREEDY)[0] for p in prompts)):
+        assert output.prompt_token_ids == ids
+        assert output.outputs[0].token_ids == wanted
+        assert output.finished
+    for wrong in ({"text": "x"}, {"prompt_token_ids": ["a"]}):
+        with pytest.raises(RequestError, match="token ids"):
+            llm.generate(wrong, GREEDY)  # type: ignore[arg-type]
+
+
+def test_many_prompts_come_back_in_order(llm: LLM) -> None:
+    prompts = [[i, i + 1] for i in range(40)]
+    params = [SamplingParams(temperature=0.0, max_tokens=1 + i % 9) for i in range(40)]
+    outputs = llm.generate(prompts, params, priority=[i % 3 for i in range(40)])
+    assert [o.prompt_token_ids for o in outputs] == prompts
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [1 + i % 9 for i in range(40)]
+    assert llm.generate([], GREEDY) == []
+    with pytest.raises(RequestError, match="2 params for 3 prompts"):
+        llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
+
+
+def test_a_refused_prompt_leaves_nothing_running(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="positions"):
+        llm.generate([[1], [2], [3] * 300], GREEDY)
+    assert not llm.engine.has_work
+    llm.engine.check_integrity()
+    assert llm.generate([1], GREEDY)[0].finished
+
+
+def test_streams_interleave_and_can_be_closed(llm: LLM) -> None:
+    first, second = llm.stream([1, 2], GREEDY), llm.stream([3, 4], GREEDY)
+    tokens: list[list[int]] = [[], []]
+    for a, b in zip(first, second, strict=True):
+        tokens[0] += a.outputs[0].token_ids
+        tokens[1] += b.outputs[0].token_ids
+    assert tokens == [naive_greedy([1, 2], 12), naive_greedy([3, 4], 12)]
+    third = llm.stream([5, 6], GREEDY)
+    next(third)
+    assert llm.generate([7, 8], GREEDY)[0].outputs[0].token_ids == naive_greedy([7, 8], 12)
+    third.close()
+    llm.stream([5, 6], GREEDY).close()
+    assert not llm.engine.has_work
+    llm.stream([5, 6], GREEDY)
+    llm.generate([7, 8], GREEDY)
+    assert not llm.engine.has_work
+    with pytest.raises(RequestError):
+        llm.stream([1] * 300, GREEDY)
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat(messages, GREEDY, tools=[{}], enable_thinking=False)
+    assert bytes(llm.tokenizer.decode(output.prompt_token_ids), "utf-8") == b"user:hi;1['enable_thinking']"
+    several = llm.chat([messages, messages], GREEDY)
+    assert [o.outputs[0].token_ids for o in several] == [naive_greedy(several[0].prompt_token_ids, 12)] * 2
+    streamed = [token for o in llm.stream_chat(messages, GREEDY) for token in o.outputs[0].token_ids]
+    assert streamed == several[0].outputs[0].token_ids
+    llm.chat_template = None
+    with pytest.raises(RequestError, match="no chat template"):
+        llm.chat(messages)
+
+
+def test_beam_search_and_a_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    (output,) = llm.beam_search([1, 2], BeamSearchParams(3, 5))
+    assert len(output.outputs) == 3
+    llm.generate([[1], [2]], GREEDY, use_tqdm=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err
+
+
+def test_bounds_must_be_positive() -> None:
+    with pytest.raises(UsageError, match="max_num_seqs is 0"):
+        LLM("toy", max_num_seqs=0)
+
+
+def executor(context: int) -> ToyExecutor:
+    return ToyExecutor(StepShape(8, 4, 4, context))
+
+
+def test_the_cache_is_what_is_wanted_and_no_more_than_a_share() -> None:
+    fit = fit_cache(executor(1000), 10**9, 1000, 4)
+    assert (fit.blocks, fit.max_model_len) == (63 * 4, 1000)
+    fit = fit_cache(executor(1000), 20_000, 1000, 4)
+    assert (fit.blocks, fit.max_model_len) == (20_000 * 4 // 10 // 64, 1000)
+
+
+def test_a_context_that_does_not_fit_is_shortened_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "miaotui"):
+        fit = fit_cache(executor(10_000), 10_000, 10_000, 4)
+    assert (fit.blocks, fit.max_model_len) == (62, 992)
+    assert "max_model_len is 992 instead of 10000" in caplog.text
+
+
+def test_too_little_memory_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(ResourceError, match="room for 96 positions"):
+        fit_cache(executor(10_000), 1_000, 10_000, 4)
+    assert fit_cache(executor(64), 1_000, 64, 4).max_model_len == 64
