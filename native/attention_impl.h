@@ -26,7 +26,7 @@ struct State {
   float* sum;
 };
 
-// Merges a chunk's (max, sum) into the running one; keep and gain do the same to the outputs. Arrays are padded to 16.
+// Merges a chunk's (max, sum) into the running one; keep and gain do the same to the outputs.
 inline __attribute__((noinline)) void merge_rows(int rows, const State& state, const State& chunk, float* keep,
                                                  float* gain) {
   for (int r = 0; r < rows; r += 16) {
@@ -42,8 +42,7 @@ inline __attribute__((noinline)) void merge_rows(int rows, const State& state, c
   }
 }
 
-// ---- one item
-// --------------------------------------------------------------------------------------------------------
+// ---- one item ----------------------------------------------------------------------------------------------------
 
 // A thread's view of the scratch for one item.
 struct Work {

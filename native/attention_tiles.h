@@ -50,8 +50,7 @@ MIAOTUI_INLINE F16x tanh_lanes(F16x x) {
   return add(keep_from(large, a, 0.625f), sub(p, keep_from(p, a, 0.625f)));
 }
 
-// ---- tiles
-// -----------------------------------------------------------------------------------------------------------
+// ---- tiles -------------------------------------------------------------------------------------------------------
 
 constexpr int tiles_for(int rows, int accumulators) {
   return accumulators / rows >= 4 ? 4 : accumulators / rows >= 2 ? 2 : 1;
@@ -184,8 +183,7 @@ struct ValueCall {
   }
 };
 
-// ---- softmax
-// ---------------------------------------------------------------------------------------------------------
+// ---- softmax -----------------------------------------------------------------------------------------------------
 
 // A row of a chunk's scores (log2 units, or tanh's argument with a soft cap) becomes probabilities relative to the
 // row's maximum in this chunk. Blocks [first, end) of the chunk have scores; the row sees positions [low, high) of it.
