@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def test_a_split_is_one_model(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.names() == ["a", "b"]
     np.testing.assert_array_equal(checkpoint.tensor("b").dense32(), random((4,), 2))
-    (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(CheckpointError, match="missing"):
+    absent = tmp_path / "m-00001-of-00002.gguf"
+    absent.unlink()
+    with pytest.raises(CheckpointError, match=r"m-00001-of-00002\.gguf is missing"):
         open_checkpoint(tmp_path)
 
 
@@ -141,6 +143,25 @@ def test_the_demo_is_read_exactly(demo_gguf: Path) -> None:
         assert ours.shape == theirs.shape
         np.testing.assert_array_equal(ours.dense32(), theirs)
     assert checkpoint.config["tokenizer.ggml.merges"] == reader.get_field("tokenizer.ggml.merges").contents()
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_reading_all_of_it_keeps_little_of_it(demo_gguf: Path) -> None:
+    checkpoint = open_checkpoint(demo_gguf)
+    before = resident_bytes()
+    largest = 0
+    for name in checkpoint.names():
+        tensor = checkpoint.tensor(name)
+        assert isinstance(tensor, DenseTensor | BlockTensor)
+        largest = max(largest, tensor.nbytes)
+        tensor.data.max()
+        assert resident_bytes() - before < largest + (16 << 20)
+    assert largest < checkpoint.nbytes / 3
 
 
 def test_the_demo_opens_in_a_moment(demo_gguf: Path) -> None:

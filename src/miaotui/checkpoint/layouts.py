@@ -122,10 +122,13 @@ def _same(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
 
 
 def _group_size(width: int, groups: int, stated: Iterable[int | None]) -> int | None:
-    """The group size: one that the configuration states if it fits the scales' shape, else what divides evenly."""
+    """The group size: one that the configuration states if it fits the scales' shape, else what divides evenly.
+
+    A group wider than the row is the row.
+    """
     for size in stated:
         if groups == (1 if size is None else -(-width // size)):
-            return size
+            return size if size is None or size <= width else None
     if groups == 1:
         return None
     if groups < 1 or width % groups:

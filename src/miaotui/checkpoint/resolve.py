@@ -83,7 +83,8 @@ def _in_folder(folder: Path) -> Path:
     """The folder itself when it has safetensors, else the one GGUF model in it."""
     if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
         return folder
-    found = sorted({split_paths(path)[0] for path in folder.glob("*.gguf")})
+    models = {split_paths(path)[0]: path for path in sorted(folder.glob("*.gguf"), reverse=True)}
+    found = [models[first] for first in sorted(models)]
     if len(found) == 1:
         return _file(found[0])
     if found:

@@ -95,23 +95,27 @@ class GroupedTensor:
 
     def dense32(self) -> NDArray[np.float32]:
         width = self.codes.shape[-1]
+        size = self.scheme.group_size or width
+        whole = width // size * size
         values = self.codes.astype(np.float32)
         values -= np.float32(self.scheme.zero)
         with np.errstate(invalid="ignore", over="ignore"):  # a damaged file's inf and nan stay what they are
-            values *= self._spread(self.scale, width)
-            if self.minimum is not None:
-                values += self._spread(self.minimum, width)
+            if whole:
+                self._scale_groups(values[..., :whole], slice(0, whole // size), size)
+            if whole < width:
+                self._scale_groups(values[..., whole:], slice(-1, None), width - whole)
         if self.perm is not None:
             unpermuted = np.empty_like(values)
             unpermuted[..., self.perm] = values
             values = unpermuted
         return values
 
-    def _spread(self, per_group: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-        """`[…, groups]` repeated to `[…, width]`, or left to broadcast when the group is the row."""
-        if per_group.shape[-1] == 1:
-            return per_group
-        return np.repeat(per_group, self.scheme.group_size or width, axis=-1)[..., :width]
+    def _scale_groups(self, part: NDArray[np.float32], groups: slice, size: int) -> None:
+        """In place: the columns `part` that these groups, each `size` wide, cover."""
+        view = part.reshape(*part.shape[:-1], part.shape[-1] // size, size)  # splitting one axis never copies
+        view *= self.scale[..., groups, None]
+        if self.minimum is not None:
+            view += self.minimum[..., groups, None]
 
     def rows(self, index: NDArray[np.int64] | slice) -> GroupedTensor:
         minimum = None if self.minimum is None else self.minimum[index]
