@@ -1,7 +1,7 @@
 # Every target makes .venv and installs what it needs, once; native sources are rebuilt when they changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := $(wildcard native/*)
 
 .PHONY: demo test fix check bench build clean
