@@ -97,6 +97,10 @@ def build(
     make_backend = _choose("device", device, BACKENDS)
     cache_type = _choose("kv_cache_dtype", kv_cache_dtype, CACHE_TYPES)
     compute_type = _choose("compute", compute, COMPUTE_TYPES)
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    for name, value in {**limits, "max_logits_rows": max_logits_rows, "threads": threads}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}.", "It must be at least 1.")
     spec, names = read_spec(checkpoint, max_model_len)
     shape = StepShape(
         max_tokens=max_num_batched_tokens,

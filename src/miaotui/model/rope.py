@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ PARAMETERS = {
 }
 """What each kind reads beside the common ones. `divided` (frequencies over given divisors) is GGUF's rope_freqs."""
 
+MAX_POSITION = 1 << 24
+"""Longest sequence that a configuration may promise."""
+
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
 
 
@@ -45,14 +48,20 @@ def make(parameters: Mapping[str, Any], rotary_dim: int, *, max_position: int, l
     kind = rope_type(parameters)
     _check(kind, parameters)
     try:
-        frequencies, factor = _frequencies(kind, parameters, rotary_dim, max_position, length)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        cause = f"The rope parameters {dict(parameters)} are incomplete or impossible ({error!r})."
-        raise CheckpointError(cause, "Take config.json from the model's original repository.") from error
-    if len(frequencies) != rotary_dim // 2:
-        cause = f"The rope parameters hold {len(frequencies)} frequencies where {rotary_dim // 2} are needed."
-        raise CheckpointError(cause, "Take config.json from the model's original repository.")
+        with np.errstate(all="ignore"):
+            frequencies, factor = _frequencies(kind, parameters, rotary_dim, max_position, length)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        _impossible(parameters, repr(error))
+    if frequencies.shape != (rotary_dim // 2,):
+        _impossible(parameters, f"{frequencies.size} frequencies where {rotary_dim // 2} are needed")
+    if not np.isfinite(frequencies).all() or not math.isfinite(factor):
+        _impossible(parameters, "their frequencies are not finite")
     return Rope(np.ascontiguousarray(frequencies, dtype=np.float32), factor)
+
+
+def _impossible(parameters: Mapping[str, Any], why: str) -> NoReturn:
+    cause = f"The rope parameters {str(dict(parameters))[:200]} are incomplete or impossible: {why[:100]}."
+    raise CheckpointError(cause, "Take config.json from the model's original repository.")
 
 
 def rope_type(parameters: Mapping[str, Any]) -> str:
@@ -66,16 +75,23 @@ def context(parameters: Mapping[str, Any], max_position: int, wanted: int | None
 
     `dynamic` stays at the original context unless more is wanted, because there its numbers are the unscaled ones.
     """
+    try:
+        reach = min(_reach(parameters, max_position), MAX_POSITION)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        _impossible(parameters, repr(error))
+    if wanted is not None:
+        return min(wanted, reach)
+    return max_position if rope_type(parameters) == "dynamic" else reach
+
+
+def _reach(parameters: Mapping[str, Any], max_position: int) -> int:
     kind, factor = rope_type(parameters), float(parameters.get("factor") or 1.0)
-    reach = max_position
     if kind in ("linear", "dynamic"):
-        reach = int(max_position * factor)
-    elif kind == "yarn":
+        return max(1, int(max_position * factor))
+    if kind == "yarn":
         original = parameters.get("original_max_position_embeddings") or max_position
-        reach = max(max_position, int(original * factor))
-    if wanted is None:
-        return max_position if kind == "dynamic" else reach
-    return min(wanted, reach)
+        return max(max_position, int(original * factor))
+    return max_position
 
 
 def _check(kind: str, parameters: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,13 +56,14 @@ def describe(checkpoint: Checkpoint) -> Described:
     metadata = checkpoint.config
     arch = str(metadata.get("general.architecture"))
     family = _family(arch, metadata)
-    settings = _settings(arch, metadata, family)
+    own = {name[len(arch) + 1 :]: _scalar(name, v) for name, v in metadata.items() if name.startswith(arch + ".")}
+    settings = _settings(arch, own)
     names = frozenset(checkpoint.names())
     settings["vocab_size"] = checkpoint.tensor("token_embd.weight").shape[0]
     settings["tie_word_embeddings"] = "output.weight" not in names
     for key, stem in (("qkv_bias", "attn_q"), ("out_bias", "attn_output"), ("mlp_bias", "ffn_down")):
         settings[key] = f"blk.0.{stem}.bias" in names or (key == "qkv_bias" and "blk.0.attn_qkv.bias" in names)
-    settings["rope_parameters"] = _rope(arch, checkpoint, family, names)
+    settings["rope_parameters"] = _rope(own, checkpoint, family, names)
     settings.pop("rope_theta", None)
     _fill_gaps(settings, family)
     return Described(family, family.gguf_names, settings, norm_offset=0.0)
@@ -75,22 +77,17 @@ def _family(arch: str, metadata: Mapping[str, Any]) -> Family:
     raise UnsupportedModelError(f"The GGUF architecture {arch!r:.100} is not supported.", supported())
 
 
-def _settings(arch: str, metadata: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _settings(arch: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Every key of this architecture, translated; one that is set and unknown is refused."""
     settings: dict[str, Any] = {}
-    for name, value in metadata.items():
-        if not name.startswith(arch + "."):
-            continue
-        key, value = name[len(arch) + 1 :], _scalar(name, value)
+    for key, value in own.items():
         if key in KEYS:
             settings[KEYS[key]] = value
         elif key not in READ and value and NEUTRAL.get(key) != value:
-            hint = "Convert the model again from its original repository; " + supported()
-            raise UnsupportedModelError(f"The GGUF key {name!r:.100} ({value!r:.60}) is not understood.", hint)
-    values = metadata.get(f"{arch}.attention.value_length")
-    if values is not None and values != settings.get("head_dim"):
-        cause = "Values of another width than keys are not supported."
-        raise UnsupportedModelError(cause, supported())
+            cause = f"The GGUF key {arch + '.' + key!r:.100} ({value!r:.60}) is not understood."
+            raise UnsupportedModelError(cause, "Convert the model again from its repository; " + supported())
+    if own.get("attention.value_length") not in (None, settings.get("head_dim")):
+        raise UnsupportedModelError("Values of another width than keys are not supported.", supported())
     return settings
 
 
@@ -103,17 +100,12 @@ def _scalar(name: str, value: Any) -> Any:
     return value[0].item()
 
 
-def _rope(arch: str, checkpoint: Checkpoint, family: Family, names: frozenset[str]) -> dict[str, Any]:
+def _rope(own: Mapping[str, Any], checkpoint: Checkpoint, family: Family, names: frozenset[str]) -> dict[str, Any]:
     """transformers' rope_parameters; nested by kind of layer where the two kinds differ."""
-    metadata = checkpoint.config
-
-    def get(key: str) -> Any:
-        return metadata.get(f"{arch}.rope.{key}")
-
-    values: dict[str, Any] = {"rope_theta": get("freq_base") or 10_000.0}
-    original = get("scaling.original_context_length")
+    values: dict[str, Any] = {"rope_theta": _number(own, "rope.freq_base") or 10_000.0}
+    original = _number(own, "rope.scaling.original_context_length")
     if original:
-        values["original_max_position_embeddings"] = original
+        values["original_max_position_embeddings"] = int(original)
     if "rope_freqs.weight" in names:
         values |= {"rope_type": "divided", "divisors": checkpoint.tensor("rope_freqs.weight").dense32().tolist()}
     elif "rope_factors_long.weight" in names:
@@ -121,29 +113,37 @@ def _rope(arch: str, checkpoint: Checkpoint, family: Family, names: frozenset[st
             checkpoint.tensor(f"rope_factors_{kind}.weight").dense32().tolist() for kind in ("long", "short")
         )
         values |= {"rope_type": "longrope", "long_factor": long, "short_factor": short}
-        values["attention_factor"] = get("scaling.attn_factor")
+        values["attention_factor"] = _number(own, "rope.scaling.attn_factor")
     else:
-        values |= _scaling(get)
+        values |= _scaling(own)
     if family.sliding_rope_theta is None:
         return values
-    local = get("freq_base_swa") or family.sliding_rope_theta
+    local = _number(own, "rope.freq_base_swa") or family.sliding_rope_theta
     return {"full_attention": values, "sliding_attention": {"rope_theta": local}}
 
 
-def _scaling(get: Any) -> dict[str, Any]:
-    kind, factor = get("scaling.type"), get("scaling.factor")
-    if get("scale_linear"):
-        kind, factor = "linear", get("scale_linear")
+def _scaling(own: Mapping[str, Any]) -> dict[str, Any]:
+    kind, factor = own.get("rope.scaling.type"), _number(own, "rope.scaling.factor")
+    linear = _number(own, "rope.scale_linear")
+    if linear:
+        kind, factor = "linear", linear
     if kind in (None, "none") or (kind == "linear" and not factor):
         return {}
+    values = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        fast, slow = get("scaling.yarn_beta_fast"), get("scaling.yarn_beta_slow")
-        values = {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow}
-        weight = get("scaling.attn_factor")
-        if weight and factor:
-            values["attention_factor"] = weight * (1 + 0.1 * float(np.log(factor)))
-        return values
-    return {"rope_type": kind, "factor": factor}
+        values["beta_fast"] = _number(own, "rope.scaling.yarn_beta_fast")
+        values["beta_slow"] = _number(own, "rope.scaling.yarn_beta_slow")
+        weight = _number(own, "rope.scaling.attn_factor")
+        if weight and factor and factor > 0:
+            values["attention_factor"] = weight * (1 + 0.1 * math.log(factor))
+    return values
+
+
+def _number(own: Mapping[str, Any], key: str) -> float | None:
+    value = own.get(key)
+    if value is None or (isinstance(value, (int, float)) and math.isfinite(value)):
+        return value
+    raise CheckpointError(f"The GGUF key {key!r} is {value!r:.60}, not a number.", "Download the file again.")
 
 
 def _fill_gaps(settings: dict[str, Any], family: Family) -> None:

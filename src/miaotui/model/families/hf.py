@@ -16,7 +16,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     """The family and settings that a config.json holds. Raises UnsupportedModelError for what is not understood."""
     family = find_family(config)
     settings, names = dict(config), family.hf_names
-    if "text_config" in config and family.name == "gemma3_text":
+    if isinstance(config.get("text_config"), Mapping) and family.name == "gemma3_text":
         settings, names = _text_part(config, names)
     _check_keys(family, settings)
     return Described(family, names, settings, family.norm_offset)

@@ -14,7 +14,9 @@ from miaotui.model.families.table import ACTIVATIONS, Family
 from miaotui.model.names import Names
 from miaotui.model.spec import ExpertsSpec, LayerSpec, ModelSpec
 
-MAX_LAYERS = 4096
+MAX_LAYERS, MAX_EXPERTS, MAX_HEAD_DIM, MAX_SIZE = 4096, 65536, 65536, 1 << 28
+"""Beyond what any model has, and small enough that a damaged file cannot take the memory."""
+
 _REPAIR = "Take the configuration from the model's original repository."
 
 
@@ -37,11 +39,12 @@ class Described:
             return self.settings[key]
         return self.family.defaults.get(key, default)
 
-    def integer(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, key: str, *, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
-            raise CheckpointError(f"The configuration's {key} is {value!r:.60}, not a positive whole number.", _REPAIR)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            cause = f"The configuration's {key} is {value!r:.60}, not a whole number from {minimum} to {maximum}."
+            raise CheckpointError(cause, _REPAIR)
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -100,7 +103,7 @@ def _bias(d: Described, key: str, place: int) -> bool:
 
 def _activation(d: Described) -> Activation:
     name = d.get("hidden_activation") or d.get("hidden_act") or "silu"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         hint = f"Supported are {', '.join(sorted(ACTIVATIONS))}."
         raise UnsupportedModelError(f"The activation {name!r:.60} is not supported.", hint)
     return ACTIVATIONS[name]
@@ -115,12 +118,10 @@ def _ids(value: Any) -> tuple[int, ...]:
 # -- attention -------------------------------------------------------------------------------------------
 def _attentions(d: Described, max_model_len: int | None) -> tuple[int, list[Attention]]:
     """The longest sequence, and attention for each layer."""
-    count = d.integer("num_hidden_layers")
-    if count > MAX_LAYERS:
-        raise CheckpointError(f"The configuration claims {count} layers.", _REPAIR)
+    count = d.integer("num_hidden_layers", maximum=MAX_LAYERS)
     heads, hidden = d.integer("num_attention_heads"), d.integer("hidden_size")
     kv_heads = d.integer("num_key_value_heads", default=heads)
-    head_dim = d.integer("head_dim", default=hidden // heads)
+    head_dim = d.integer("head_dim", default=hidden // heads, maximum=MAX_HEAD_DIM)
     if heads % kv_heads or head_dim % 2:
         cause = f"{heads} heads of {head_dim} elements cannot share {kv_heads} key-value heads."
         raise CheckpointError(cause, _REPAIR)
@@ -172,7 +173,8 @@ def _sliding(d: Described, count: int) -> list[bool]:
         first = d.integer("max_window_layers", minimum=0)
         return [i >= first for i in layers]
     if rule == "pattern":
-        period = d.get("sliding_window_pattern") or d.get("_sliding_window_pattern") or d.family.period
+        key = "sliding_window_pattern" if d.get("sliding_window_pattern") else "_sliding_window_pattern"
+        period = d.integer(key, default=d.family.period)
         return [bool((i + 1) % period) for i in layers]
     if rule == "without_rope":
         return [not turned for turned in _turned_layers(d, count)]
@@ -203,7 +205,7 @@ def _turned_layers(d: Described, count: int) -> list[bool]:
 # -- rotary embedding ------------------------------------------------------------------------------------
 def _ropes(d: Described, head_dim: int, kinds: list[str], max_model_len: int | None) -> tuple[int, dict[str, Rope]]:
     """The longest sequence, and one rotary embedding for each kind of layer; layers of a kind share the object."""
-    limit = d.integer("max_position_embeddings", default=2048)
+    limit = d.integer("max_position_embeddings", maximum=rope.MAX_POSITION)
     parameters = {kind: rope_parameters(d, kind) for kind in dict.fromkeys(kinds)}
     main = parameters.get("full_attention") or next(iter(parameters.values()))
     nested = d.family.sliding_rope_theta is not None
@@ -211,11 +213,21 @@ def _ropes(d: Described, head_dim: int, kinds: list[str], max_model_len: int | N
     made: dict[str, Rope] = {}
     for kind, values in parameters.items():
         same = next((made[other] for other in made if parameters[other] == values), None)
-        rotary = d.get("rotary_dim") or int(head_dim * float(values.get("partial_rotary_factor") or 1.0))
-        if not isinstance(rotary, int) or not 0 < rotary <= head_dim or rotary % 2:
-            raise CheckpointError(f"{rotary!r:.40} of {head_dim} elements of a head cannot be turned.", _REPAIR)
+        rotary = _rotary_dim(d, head_dim, values)
         made[kind] = same or rope.make(values, rotary, max_position=limit, length=length)
     return length, made
+
+
+def _rotary_dim(d: Described, head_dim: int, values: Mapping[str, Any]) -> int:
+    """How many elements of a head are turned, in pairs."""
+    part = values.get("partial_rotary_factor")
+    if d.get("rotary_dim") is None and isinstance(part, (int, float)) and 0 < part <= 1:
+        rotary = int(head_dim * part)
+    else:
+        rotary = d.integer("rotary_dim", default=head_dim)
+    if not 0 < rotary <= head_dim or rotary % 2:
+        raise CheckpointError(f"{rotary} of {head_dim} elements of a head cannot be turned.", _REPAIR)
+    return rotary
 
 
 def rope_parameters(d: Described, kind: str) -> dict[str, Any]:
@@ -225,7 +237,7 @@ def rope_parameters(d: Described, kind: str) -> dict[str, Any]:
         raise CheckpointError("The configuration's rope parameters are not an object.", _REPAIR)
     nested = given.get(kind)
     local = kind == "sliding_attention" and d.family.sliding_rope_theta is not None
-    theta = d.get("rope_local_base_freq", d.family.sliding_rope_theta) if local else None
+    theta = d.number("rope_local_base_freq", d.family.sliding_rope_theta or 0.0) if local else None
     if isinstance(nested, Mapping):
         values = dict(nested)
     elif "full_attention" in given or "sliding_attention" in given or local:
@@ -251,10 +263,12 @@ def _experts(d: Described, count: int) -> list[ExpertsSpec | None]:
     if not d.family.routed:
         return [None] * count
     alias = "num_experts" if "num_experts" in d.settings else "num_local_experts"
-    number, top_k = d.integer(alias), d.integer("num_experts_per_tok")
+    number, top_k = d.integer(alias, maximum=MAX_EXPERTS), d.integer("num_experts_per_tok")
     if top_k > number:
         raise CheckpointError(f"The configuration takes {top_k} of {number} experts.", _REPAIR)
     width = d.integer("moe_intermediate_size", default=d.integer("intermediate_size"))
     spec = ExpertsSpec(number, top_k, width, bool(d.get("norm_topk_prob")))
     step, dense = d.integer("decoder_sparse_step", default=1), d.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError("The configuration's mlp_only_layers is not a list.", _REPAIR)
     return [spec if (i + 1) % step == 0 and i not in dense else None for i in range(count)]
