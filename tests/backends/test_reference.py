@@ -75,6 +75,28 @@ def test_only_integer_weights_quantise_their_input() -> None:
     assert not torch.equal(rounded, want)
 
 
+def test_half_holds_matrices_in_16_bits_and_answers_in_float32() -> None:
+    """What `cuda` does with compute auto, on the CPU."""
+    o = ReferenceOps(ops(attention()).cache, torch.device("cpu"), quantise=False, half=True)
+    codes = np.random.default_rng(1).integers(0, 16, (9, 64)).astype(np.uint8)
+    grouped = GroupedTensor(QuantScheme(4, 32, symmetric=True), codes, np.full((9, 2), 0.11, np.float32))
+    kinds = {}
+    for name, tensor in {
+        "float16": DenseTensor("float16", dense(9, 64).data.astype(np.float16)),
+        "bfloat16": DenseTensor("bfloat16", (dense(9, 64).data.view(np.uint32) >> 16).astype(np.uint16)),
+        "float32": dense(9, 64),
+        "grouped": grouped,
+    }.items():
+        weight = o.prepare_linear([tensor])
+        kinds[name] = weight.parts[0].weight.dtype
+        x = random(5, 64)
+        y = o.linear(x, weight)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, x @ torch.from_numpy(tensor.dense32()).T, rtol=0.02, atol=0.1)
+    half, brain = torch.float16, torch.bfloat16
+    assert kinds == {"float16": half, "bfloat16": brain, "float32": torch.float32, "grouped": brain}
+
+
 # -- plain ops -------------------------------------------------------------------------------------------
 def test_linear_stacks_adds_and_scales() -> None:
     o = ops()

@@ -44,7 +44,11 @@ def write(model: Any, case: Case, path: Path) -> None:
         stem, _, suffix = name.rpartition(".")
         mapped = names.get_name(stem)
         assert mapped is not None, name
-        writer.add_tensor(f"{mapped}.{suffix}", np.ascontiguousarray(tensor.numpy()))
+        stored = {f"{mapped}.{suffix}": tensor}
+        if case.name.endswith("-split") and mapped.endswith("_exps"):  # as converters did until March 2024
+            stored = {f"{mapped.removesuffix('_exps')}.{e}.{suffix}": expert for e, expert in enumerate(tensor)}
+        for key, value in stored.items():
+            writer.add_tensor(key, np.ascontiguousarray(value.numpy()))
     _rope_tensors(writer, config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

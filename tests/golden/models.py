@@ -68,6 +68,7 @@ CASES = (
     Case("mistral", "mistral", "Mistral", {"sliding_window": 7, "head_dim": 20}, gguf=False),
     Case("mistral-full", "mistral", "Mistral", {"sliding_window": None, "head_dim": 20}),
     Case("mixtral", "mixtral", "Mixtral", {**MOE, "num_local_experts": 5}),
+    Case("mixtral-split", "mixtral", "Mixtral", {**MOE, "num_local_experts": 3, "tie_word_embeddings": True}),
     Case("qwen2", "qwen2", "Qwen2"),
     Case("qwen2-window", "qwen2", "Qwen2",
          {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": True},

@@ -79,7 +79,7 @@ def greedy(executor: Executor, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("backend", backends())
 def test_greedy_tokens_equal_those_of_transformers(demo_gguf: Path, original: Any, backend: str) -> None:
-    loaded = load(str(demo_gguf), device=backend, compute="fp32", kv_cache_dtype="fp32", max_model_len=256)
+    loaded = load(str(demo_gguf), device=backend, compute="fp32", kv_cache_dtype="fp32", max_model_len=256, threads=1)
     prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
     try:
         answers = greedy(loaded.executor, prompts)
