@@ -120,7 +120,11 @@ class Ops(Protocol[B]):
         ...
 
     def prepare_norm(
-        self, weight: NDArray[np.float32], eps: float, *, bias: NDArray[np.float32] | None = None,
+        self,
+        weight: NDArray[np.float32],
+        eps: float,
+        *,
+        bias: NDArray[np.float32] | None = None,
         kind: Literal["rms", "layer"] = "rms",
     ) -> NormWeight: ...
 
@@ -138,8 +142,13 @@ class Ops(Protocol[B]):
         ...
 
     def rope_and_cache(
-        self, qkv: B, layer: int, attention: Attention, *,
-        q_norm: NormWeight | None = None, k_norm: NormWeight | None = None,
+        self,
+        qkv: B,
+        layer: int,
+        attention: Attention,
+        *,
+        q_norm: NormWeight | None = None,
+        k_norm: NormWeight | None = None,
     ) -> B:
         """Turn q and k by position and write k and v into the cache of `layer`.
 

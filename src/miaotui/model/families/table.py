@@ -1,4 +1,4 @@
-"""The families, as data. Defaults are those of transformers' configuration classes (a test compares them)."""
+"""The families, as data: long because it is one table. Defaults are transformers' (a test compares them)."""
 
 from __future__ import annotations
 
