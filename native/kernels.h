@@ -104,7 +104,7 @@ struct Kernels {
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {
-  return (static_cast<size_t>(k_pad) * kRowsPerPanel + 2 * 64 * kRowsPerPanel) * sizeof(float) + 64;
+  return (2 * static_cast<size_t>(k_pad) + 2 * 48) * kRowsPerPanel * sizeof(float) + 64;  // two panels, two results
 }
 
 const Kernels* kernels_portable();

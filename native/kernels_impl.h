@@ -264,17 +264,10 @@ inline void dequantise_panel(const Weight& w, int panel, float* out) {
   }
 }
 
-inline void float_panel(const Weight& w, int panel, const float* x, size_t x_stride, int count, float* out,
-                        float* scratch) {
-  const uint8_t* codes = w.codes + panel * w.panel_bytes;
-  Code code = w.code;
-  if (w.integer()) {
-    dequantise_panel(w, panel, scratch);
-    codes = reinterpret_cast<const uint8_t*>(scratch);
-    code = Code::F32;
-  }
+inline void float_panel(Code code, const uint8_t* panel, int k_pad, const float* x, size_t x_stride, int count,
+                        float* out) {
   for_tiles(count, [&](auto m, int r) {
-    float_tile_any<1, decltype(m)::value>(code, codes, 0, w.k_pad, x + r * x_stride, x_stride, out + r * 16, 0);
+    float_tile_any<1, decltype(m)::value>(code, panel, 0, k_pad, x + r * x_stride, x_stride, out + r * 16, 0);
   });
 }
 
@@ -302,12 +295,42 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
   }
 }
 
-constexpr int kRowChunk = 48;  // rows between two visits of a panel: its results stay in the first-level cache
+constexpr int kRowChunk = 48;            // rows whose results wait for the epilogue at once; a multiple of every tile
+constexpr int kFirstLevel = 28 << 10;    // bytes of activations that stay beside a panel in the first-level cache
+constexpr int kSecondLevel = 256 << 10;  // bytes of panels that stay in the second-level cache
 
-inline void panel_times_rows(const LinearArgs& args, const Weight& w, int panel, int row0, int rows, float* out,
-                             float* scratch) {
-  if (args.integer) return int_panel(w, panel, args.quant.from(row0, rows), rows, out);
-  float_panel(w, panel, args.x + row0 * args.x_stride, args.x_stride, rows, out, scratch);
+// Panels in blocks that the second-level cache holds, rows in chunks that the first holds: weights come from memory
+// once, and what a tile reads is near.
+inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up) {
+  const Weight& w = *args.weight;
+  const int fitting = kFirstLevel / static_cast<int>(QuantRows::bytes(w.k_pad)) / kMaxTile * kMaxTile;
+  const int chunk = fitting < kMaxTile ? kMaxTile : fitting > kRowChunk ? kRowChunk : fitting;
+  const size_t bytes = (w.panel_bytes + w.panel_scale_bytes) * (args.up ? 2 : 1);
+  const int block = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
+  for (int begin = first; begin < last; begin += block) {
+    const int end = begin + block < last ? begin + block : last;
+    for (int row = 0; row < args.rows; row += chunk) {
+      const int rows = args.rows - row < chunk ? args.rows - row : chunk;
+      const QuantRows quant = args.quant.from(row, rows);
+      for (int panel = begin; panel < end; ++panel) {
+        int_panel(w, panel, quant, rows, result);
+        if (args.up) int_panel(*args.up, panel, quant, rows, up);
+        finish(args, panel, row, rows, result, args.up ? up : nullptr);
+      }
+    }
+  }
+}
+
+struct FloatPanel {
+  Code code;
+  const uint8_t* data;
+};
+
+// The panel as the float tiles read it; integer panels are dequantised into `scratch`.
+inline FloatPanel float_form(const Weight& w, int panel, float* scratch) {
+  if (!w.integer()) return {w.code, w.codes + panel * w.panel_bytes};
+  dequantise_panel(w, panel, scratch);
+  return {Code::F32, reinterpret_cast<const uint8_t*>(scratch)};
 }
 
 // One row and dense weights: four panels at once, so that four chains hide the latency of fma.
@@ -322,19 +345,26 @@ inline int dense_gemv(const LinearArgs& args, int first, int last) {
   return first;
 }
 
-inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
-  float* result = scratch;
-  float* up = scratch + kRowChunk * 16;
-  float* panel_scratch = scratch + 2 * 64 * 16;
-  if (args.rows == 1 && !args.integer && !args.weight->integer() && !args.up) first = dense_gemv(args, first, last);
+inline void linear_float(const LinearArgs& args, int first, int last, float* result, float* up, float* scratch) {
+  const Weight& w = *args.weight;
+  if (args.rows == 1 && !w.integer() && !args.up) first = dense_gemv(args, first, last);
   for (int panel = first; panel < last; ++panel) {
-    for (int row0 = 0; row0 < args.rows; row0 += kRowChunk) {
-      const int rows = args.rows - row0 < kRowChunk ? args.rows - row0 : kRowChunk;
-      panel_times_rows(args, *args.weight, panel, row0, rows, result, panel_scratch);
-      if (args.up) panel_times_rows(args, *args.up, panel, row0, rows, up, panel_scratch);
-      finish(args, panel, row0, rows, result, args.up ? up : nullptr);
+    const FloatPanel main = float_form(w, panel, scratch);
+    const FloatPanel second = args.up ? float_form(*args.up, panel, scratch + w.k_pad * 16) : FloatPanel{};
+    for (int row = 0; row < args.rows; row += kRowChunk) {
+      const int rows = args.rows - row < kRowChunk ? args.rows - row : kRowChunk;
+      const float* x = args.x + row * args.x_stride;
+      float_panel(main.code, main.data, w.k_pad, x, args.x_stride, rows, result);
+      if (args.up) float_panel(second.code, second.data, w.k_pad, x, args.x_stride, rows, up);
+      finish(args, panel, row, rows, result, args.up ? up : nullptr);
     }
   }
+}
+
+inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
+  float *result = scratch, *up = result + kRowChunk * 16;
+  if (args.integer) return linear_int(args, first, last, result, up);
+  linear_float(args, first, last, result, up, up + kRowChunk * 16);
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------

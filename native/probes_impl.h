@@ -29,26 +29,31 @@ inline double probe_dot(long rounds) {
   const Bytes w = load_bytes(codes);
   I16x sum[kChains];
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) sum[i] = isplat(0);
+  for (int i = 0; i < kChains; ++i) sum[i] = isplat(four[i]);
   for (long r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sum[i] = dot4<false>(sum[i], w, four);
+  F16x total = zero();  // one value to keep: taking every chain's address would put the chains into memory
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) keep(sum[i]);
+  for (int i = 0; i < kChains; ++i) total = add(total, to_float(sum[i]));
+  keep(total);
   return static_cast<double>(rounds) * kChains * 64 * 2;
 }
 
 inline double probe_fma(long rounds) {
-  float one = 1.0f;
-  keep(one);
-  const F16x x = splat(one), y = splat(one * 0.5f);
+  alignas(64) float starts[kChains * 16];
+  for (int i = 0; i < kChains * 16; ++i) starts[i] = static_cast<float>(i);
+  keep(starts);  // chains that begin alike would be merged into one
+  const F16x x = splat(starts[1]), y = splat(starts[1] * 0.5f);
   F16x sum[kChains];
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) sum[i] = zero();
+  for (int i = 0; i < kChains; ++i) sum[i] = load(starts + i * 16);
   for (long r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) sum[i] = fma(sum[i], y, x);
+  F16x total = zero();
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) keep(sum[i]);
+  for (int i = 0; i < kChains; ++i) total = add(total, sum[i]);
+  keep(total);
   return static_cast<double>(rounds) * kChains * 16 * 2;
 }
