@@ -110,3 +110,18 @@ def raiser(error: BaseException) -> Callable[[list[str]], None]:
         raise error
 
     return raise_it
+
+
+@pytest.mark.parametrize(("text", "size"), [("512M", 512 << 20), ("2G", 2 << 30), ("1.5kb", 1536), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    from miaotui.cli.options import Size
+
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "2X", "-1G", "G"])
+def test_what_is_no_size(text: str) -> None:
+    from miaotui.cli.options import Size
+
+    with pytest.raises(click.BadParameter, match="no size"):
+        Size().convert(text, None, None)

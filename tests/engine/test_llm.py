@@ -43,7 +43,9 @@ class ToyLoaded:
 
 
 @pytest.fixture
-def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+def toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLM("toy")` loads the toy, on a machine with little memory."""
+
     def load(model: str, **options: Any) -> ToyLoaded:
         shape = StepShape(options["max_num_batched_tokens"], options["max_num_seqs"], options["max_num_seqs"], 256)
         tokenizer = toy_tokenizer()
@@ -51,6 +53,10 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
 
     monkeypatch.setattr(miaotui.model.build, "load", load)
     monkeypatch.setattr(miaotui.hardware.detect, "available_memory", lambda: 50_000)
+
+
+@pytest.fixture
+def llm(toy_model: None) -> Iterator[LLM]:
     with LLM("toy", max_num_seqs=4, max_num_batched_tokens=64) as made:
         yield made
     assert made.engine.executor.closed  # type: ignore[attr-defined]
@@ -133,6 +139,17 @@ def test_beam_search_and_a_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[
 def test_bounds_must_be_positive() -> None:
     with pytest.raises(UsageError, match="max_num_seqs is 0"):
         LLM("toy", max_num_seqs=0)
+    with pytest.raises(UsageError, match="kv_cache_memory_bytes is -1"):
+        LLM("toy", kv_cache_memory_bytes=-1)
+
+
+def test_a_cache_of_a_given_size_forces_preemption(toy_model: None) -> None:
+    with LLM("toy", kv_cache_memory_bytes=20 * 64, max_num_batched_tokens=64) as llm:
+        prompts = [[i] * 30 for i in range(8)]
+        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=40))
+        assert [o.outputs[0].token_ids for o in outputs] == [naive_greedy(prompt, 40) for prompt in prompts]
+        assert llm.engine.stats.blocks == 20
+        assert llm.engine.stats.preemptions > 0
 
 
 def executor(context: int) -> ToyExecutor:
@@ -157,3 +174,13 @@ def test_too_little_memory_is_an_error_with_the_numbers() -> None:
     with pytest.raises(ResourceError, match="room for 96 positions"):
         fit_cache(executor(10_000), 1_000, 10_000, 4)
     assert fit_cache(executor(64), 1_000, 64, 4).max_model_len == 64
+
+
+def test_a_cache_of_a_given_size() -> None:
+    fit = fit_cache(executor(1000), 10**9, 1000, 4, 64_000)
+    assert (fit.blocks, fit.max_model_len) == (1000, 1000)
+    assert fit_cache(executor(10_000), 10**9, 10_000, 4, 6_400).max_model_len == 1600
+    with pytest.raises(ResourceError, match=r"0 MB are given to it.*Raise kv_cache_memory_bytes"):
+        fit_cache(executor(10_000), 10**9, 10_000, 4, 640)
+    with pytest.raises(ResourceError, match=r"is to have 2000 MB, but 1000 MB"):
+        fit_cache(executor(10_000), 10**9, 10_000, 4, 2 * 10**9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL = click.argument("model")
 
+
+class Size(click.ParamType[int]):
+    """Bytes as a whole number, or with a unit of 1024: 512M, 1.5G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+        size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
+        if size < 1:
+            self.fail(f"{value!r} is no size in bytes. Write a number, or one with a unit, such as 512M or 2G.")
+        return size
+
+
 ENGINE = {
     "compute": click.option(
         "--compute", type=click.Choice(["auto", "fp32"]), default="auto", show_default=True,
@@ -21,6 +38,9 @@ ENGINE = {
     "kv_cache_dtype": click.option(
         "--kv-cache-dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
         help="How keys and values are kept.",
+    ),
+    "kv_cache_memory_bytes": click.option(
+        "--kv-cache-memory-bytes", type=Size(), help="Size of the KV cache: 512M, 2G.  [default: what fits]"
     ),
     "max_model_len": click.option(
         "--max-model-len", type=click.IntRange(min=1), help="Tokens of prompt and answer.  [default: what fits]"

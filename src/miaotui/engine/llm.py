@@ -37,6 +37,7 @@ class LLM:
         *,
         compute: Literal["auto", "fp32"] = "auto",
         kv_cache_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+        kv_cache_memory_bytes: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
@@ -47,14 +48,20 @@ class LLM:
         """Load `model`: a folder, a `.gguf` file, a hub name or `demo`.
 
         `max_model_len` tokens of prompt and answer; None means what the model and the memory allow.
+        `kv_cache_memory_bytes` is the KV cache's size; None takes what the context can use, of what is free.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
         from miaotui.hardware.detect import available_memory
         from miaotui.model.build import load
 
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if value < 1:
+        bounds = {
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        for name, value in bounds.items():
+            if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}.", "Give at least 1.")
         loaded = load(
             model,
@@ -71,7 +78,8 @@ class LLM:
         self.tokenizer = loaded.tokenizer
         self.chat_template = loaded.chat_template
         executor = loaded.executor
-        fit = fit_cache(executor, available_memory(), executor.shape.max_model_len, max_num_seqs)
+        free = available_memory() if device != "cuda" or kv_cache_memory_bytes is None else kv_cache_memory_bytes
+        fit = fit_cache(executor, free, executor.shape.max_model_len, max_num_seqs, kv_cache_memory_bytes)
         config = EngineConfig(
             blocks=fit.blocks,
             max_model_len=fit.max_model_len,

@@ -25,29 +25,42 @@ class CacheFit:
     max_model_len: int
 
 
-def fit_cache(executor: Executor, free_bytes: int, max_model_len: int, max_num_seqs: int) -> CacheFit:
-    """Blocks for `max_num_seqs` full contexts, or as many as `SHARE` of the free memory holds.
+def fit_cache(
+    executor: Executor, free_bytes: int, max_model_len: int, max_num_seqs: int, cache_bytes: int | None = None
+) -> CacheFit:
+    """As many blocks as fit in `cache_bytes`; None: for `max_num_seqs` full contexts, or a `SHARE` of what is free.
 
     When not even one full context fits, the context is shortened to what does, and that is logged.
-    Raises ResourceError when less than a useful context fits.
+    Raises ResourceError when less than a useful context fits, or more is asked for than is free.
     """
-    affordable = int(free_bytes * SHARE) // executor.block_bytes
+    if cache_bytes is not None and cache_bytes > free_bytes:
+        raise ResourceError(
+            f"The KV cache is to have {cache_bytes / 1e6:.0f} MB, but {free_bytes / 1e6:.0f} MB of memory are free.",
+            "Lower kv_cache_memory_bytes, or leave it out for what fits.",
+        )
+    share = SHARE if cache_bytes is None else 1.0
+    bytes_ = free_bytes if cache_bytes is None else cache_bytes
+    affordable = int(bytes_ * share) // executor.block_bytes
     whole = blocks_for(max_model_len)
     if affordable >= whole:
-        return CacheFit(min(affordable, whole * max_num_seqs), max_model_len)
+        return CacheFit(affordable if cache_bytes is not None else min(affordable, whole * max_num_seqs), max_model_len)
     context = affordable * BLOCK_SIZE
-    if context < min(LEAST_CONTEXT, max_model_len):
-        needed = blocks_for(min(LEAST_CONTEXT, max_model_len)) * executor.block_bytes / SHARE
+    given = f"{bytes_ / 1e6:.0f} MB " + ("of memory are free" if cache_bytes is None else "are given to it")
+    least = min(LEAST_CONTEXT, max_model_len)
+    if context < least:
+        needed = blocks_for(least) * executor.block_bytes / share
         raise ResourceError(
-            f"The KV cache has room for {context} positions: {free_bytes / 1e6:.0f} MB of memory are free, and"
-            f" {needed / 1e6:.0f} MB are needed for a context of {min(LEAST_CONTEXT, max_model_len)}.",
-            "Free memory, take a smaller model, or set kv_cache_dtype to bf16 or int8.",
+            f"The KV cache has room for {context} positions: {given}, and {needed / 1e6:.0f} MB are needed for a"
+            f" context of {least}.",
+            "Free memory, take a smaller model, or set kv_cache_dtype to bf16 or int8."
+            if cache_bytes is None
+            else "Raise kv_cache_memory_bytes.",
         )
     _log.warning(
-        "max_model_len is %d instead of %d: %.0f MB of memory are free and a position takes %.1f kB of KV cache.",
+        "max_model_len is %d instead of %d: %s and a position takes %.1f kB of KV cache.",
         context,
         max_model_len,
-        free_bytes / 1e6,
+        given,
         executor.block_bytes / BLOCK_SIZE / 1e3,
     )
     return CacheFit(affordable, context)
