@@ -55,8 +55,8 @@ def describe(checkpoint: Checkpoint) -> Described:
     """The family and settings of a GGUF file. Raises UnsupportedModelError for what is not understood."""
     metadata = checkpoint.config
     arch = str(metadata.get("general.architecture"))
-    family = _family(arch, metadata)
     own = {name[len(arch) + 1 :]: _scalar(name, v) for name, v in metadata.items() if name.startswith(arch + ".")}
+    family = _family(arch, own)
     settings = _settings(arch, own)
     names = frozenset(checkpoint.names())
     settings["vocab_size"] = checkpoint.tensor("token_embd.weight").shape[0]
@@ -69,8 +69,8 @@ def describe(checkpoint: Checkpoint) -> Described:
     return Described(family, family.gguf_names, settings, norm_offset=0.0)
 
 
-def _family(arch: str, metadata: Mapping[str, Any]) -> Family:
-    mixture = arch == "llama" and metadata.get("llama.expert_count")
+def _family(arch: str, own: Mapping[str, Any]) -> Family:
+    mixture = arch == "llama" and own.get("expert_count")
     for family in FAMILIES:
         if family.name == "mixtral" if mixture else family.gguf == arch:
             return family
@@ -149,13 +149,13 @@ def _number(own: Mapping[str, Any], key: str) -> float | None:
 def _fill_gaps(settings: dict[str, Any], family: Family) -> None:
     """What llama.cpp knows of an architecture without being told by the file."""
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+    if not (type(hidden) is int and type(heads) is int and 1 <= heads <= hidden):
         raise CheckpointError("The GGUF metadata lacks the model's width or its heads.", "Download the file again.")
     head_dim = settings.setdefault("head_dim", hidden // heads)
     if family.name in ROOT_OF_HIDDEN:
         wide = settings.get("num_hidden_layers") == ROOT_OF_HIDDEN[family.name]
         settings["query_pre_attn_scalar"] = hidden // heads if wide else head_dim
-    if family.name == "granite":
+    if family.name == "granite" and type(head_dim) is int and head_dim > 0:
         settings.setdefault("attention_multiplier", head_dim**-0.5)
     if family.gguf in ("qwen2", "qwen3", "qwen3moe", "starcoder2") or family.name == "mixtral":
         settings.setdefault("sliding_window", None)  # its converter writes no window, and llama.cpp uses none

@@ -147,7 +147,10 @@ def _attentions(d: Described, max_model_len: int | None) -> tuple[int, list[Atte
 def _scale(d: Described, head_dim: int) -> float:
     if "attention_multiplier" in d.family.keys:
         return d.number("attention_multiplier", 1.0)
-    return 1.0 / math.sqrt(d.number("query_pre_attn_scalar", head_dim))
+    scalar = d.number("query_pre_attn_scalar", head_dim)
+    if scalar <= 0:
+        raise CheckpointError(f"The configuration's query_pre_attn_scalar is {scalar}, not positive.", _REPAIR)
+    return 1.0 / math.sqrt(scalar)
 
 
 def _layer_kinds(d: Described, count: int) -> list[str]:
