@@ -20,6 +20,8 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "pull": "Fetch a model, so that it can be used offline.",
     "bench": "Measure speed by regime, beside this machine's ceilings.",
+    "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",
+    "compare": "Tell two models apart on the same text.",
     "doctor": "Look at this machine, and whether a model fits it.",
 }
 
