@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the reference figures come from PyTorch and transformers")
-transformers = pytest.importorskip("transformers", reason="the reference figures come from transformers")
-gguf = pytest.importorskip("gguf", reason="the weights are read by the gguf package")
+pytest.importorskip("transformers", reason="the reference figures come from transformers")
+pytest.importorskip("gguf", reason="the weights are read by the gguf package")
 
 from miaotui.backends.ops import Executor  # noqa: E402
 from miaotui.model.build import load  # noqa: E402
+from tests.golden.greedy import oracle  # noqa: E402
 from tests.golden.paged import Paged  # noqa: E402
 from tests.golden.test_families_golden import backends  # noqa: E402
 
@@ -25,42 +26,7 @@ CLOSE = 1e-4
 
 @pytest.fixture(scope="module")
 def original(demo_gguf: Path) -> Any:
-    """transformers' Llama with the file's weights, dequantised."""
-    reader = gguf.GGUFReader(demo_gguf)
-
-    def value(key: str) -> Any:
-        return reader.fields[f"llama.{key}"].contents()
-
-    config = transformers.LlamaConfig(
-        vocab_size=value("vocab_size"),
-        hidden_size=value("embedding_length"),
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=value("attention.head_count"),
-        num_key_value_heads=value("attention.head_count_kv"),
-        max_position_embeddings=value("context_length"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
-        tie_word_embeddings=True,
-    )
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    state = {}
-    for name in model.state_dict():
-        if name == "lm_head.weight":
-            continue
-        tensor = stored[names.get_name(name.removesuffix(".weight")) + ".weight"]
-        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            weight = weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        state[name] = weight
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    return oracle(demo_gguf)
 
 
 def greedy(executor: Executor, prompts: list[list[int]]) -> list[list[int]]:
