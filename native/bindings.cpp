@@ -11,6 +11,7 @@
 #include "pack.h"
 #include "probes.h"
 #include "program_ops.h"
+#include "sampling_bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -376,4 +377,5 @@ NB_MODULE(_native, module) {
   module.def("probe_fp32", &probe_fp32, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Peak of float32 fused multiply-add, TFLOP/s.");
   bind_attention(module);
+  bind_sampling(module);
 }

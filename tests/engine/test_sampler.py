@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from miaotui.engine.draws import draw, keep, likeliest, score
 from miaotui.engine.params import SamplingParams
-from miaotui.engine.sampler import draw, keep, likeliest, mix, token_logprobs, uniform
+from miaotui.engine.sampler import mix, uniform
 from tests.engine.toys import finish, history_logits, toy_engine
 
 DRAWS = 4000
@@ -167,12 +168,13 @@ def test_prompt_logprobs(budget: int, rows: int | None, blocks: int) -> None:
         assert output.prompt_logprobs[0] is None
         assert len(output.prompt_logprobs) == len(prompt)
         for i in range(1, len(prompt)):
-            wanted = token_logprobs(history_logits(prompt[:i]), prompt[i], 2, lambda t: "")
+            wanted = score(history_logits(prompt[:i]), prompt[i], 2)
             found = output.prompt_logprobs[i]
             assert found is not None
-            assert {t: (x.logprob, x.rank) for t, x in found.items()} == {
-                t: (x.logprob, x.rank) for t, x in wanted.items()
-            }
+            ranked = {t: (p, r) for r, (t, p) in enumerate(wanted.likeliest, start=1)}
+            ranked[prompt[i]] = (wanted.logprob, wanted.rank)
+            assert {t: x.rank for t, x in found.items()} == {t: r for t, (_, r) in ranked.items()}
+            assert {t: x.logprob for t, x in found.items()} == pytest.approx({t: p for t, (p, _) in ranked.items()})
     assert busy
 
 

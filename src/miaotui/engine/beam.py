@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from miaotui.engine.draws import likeliest, log_softmax
 from miaotui.engine.params import BeamSearchParams
 from miaotui.engine.request import FinishReason, Request, Sequence
-from miaotui.engine.sampler import likeliest, log_softmax
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from miaotui.engine.batch import Batch
 from miaotui.engine.beam import BeamSearch
 from miaotui.engine.blocks import BlockManager
 from miaotui.engine.branch import Branches
+from miaotui.engine.draws import best_draws
 from miaotui.engine.grammar import GrammarMask, Grammars
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.processors import build_processors, check_token_ids
 from miaotui.engine.publish import Publisher
 from miaotui.engine.request import FinishReason, Request, RequestOutput, Sequence
-from miaotui.engine.sampler import Choice, Sampler, token_logprobs
+from miaotui.engine.sampler import Choice, Sampler
 from miaotui.engine.scheduler import Limits, Schedule, Scheduler
 from miaotui.model.tokenizer import Tokenizer
 
@@ -72,7 +73,7 @@ class Engine:
         )
         self._scheduler = Scheduler(self._blocks, limits)
         self._batch = Batch(shape)
-        self._sampler = Sampler(self._name)
+        self._sampler = Sampler(best_draws(), self._name)
         self._publisher = Publisher(tokenizer)
         self._grammars = Grammars(tokenizer, executor.vocab_size, config.eos_token_ids)
         self._branches = Branches(self._scheduler, executor, self._prepare)
@@ -236,9 +237,9 @@ class Engine:
         if scored is None:
             scored = request.prompt_logprobs = [None]
         first = sequence.computed - len(logits) + 1
-        for position in range(max(first, len(scored)), min(first + len(logits), sequence.prompt_len)):
-            token = sequence.tokens[position]
-            scored.append(token_logprobs(logits[position - first], token, top, self._name))
+        positions = range(max(first, len(scored)), min(first + len(logits), sequence.prompt_len))
+        tokens = [sequence.tokens[position] for position in positions]
+        scored += self._sampler.score(logits, [position - first for position in positions], tokens, top)
 
     def _output(self, request: Request, grown: list[Sequence]) -> RequestOutput:
         """What the request is told now; a finished one is forgotten."""
