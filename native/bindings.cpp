@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "attention_bindings.h"
@@ -97,6 +98,37 @@ std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Array2<uint8_t> codes, 
   nb::gil_scoped_release release;
   return std::make_shared<PackedWeight>(
       pack_grouped(pool, codes.data(), scale.data(), minimum ? minimum->data() : nullptr, bits, group, type, n, k));
+}
+
+// (code, scale type, minima, zero shift, rows, width, padded width, fold, folds a group, groups): with the panels'
+// bytes all that there is to a weight.
+using Form = std::tuple<int, int, bool, int, int, int, int, int, int, int>;
+
+Form form_of(const PackedWeight& packed) {
+  const Weight& w = packed.view;
+  return {static_cast<int>(w.code), static_cast<int>(w.scale_type), w.has_min, w.zero_shift, w.n, w.k, w.k_pad, w.fold,
+          w.folds_per_group, w.groups};
+}
+
+std::shared_ptr<PackedWeight> mapped_weight(const Form& form, nb::object array) {
+  const auto bytes = nb::cast<Array1<uint8_t>>(array);
+  Weight w;
+  int code, scale_type;
+  std::tie(code, scale_type, w.has_min, w.zero_shift, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups) = form;
+  const bool sound = code >= 0 && code <= static_cast<int>(Code::INT8) && scale_type >= 0 && scale_type <= 2 &&
+                     w.zero_shift >= 0 && w.zero_shift < 8 && w.n > 0 && w.k > 0 && w.k_pad >= w.k &&
+                     w.k_pad % 32 == 0 && (w.fold == 16 || w.fold == 32) && w.folds_per_group > 0 && w.groups >= 0;
+  if (!sound) throw std::invalid_argument("no such packed weight");
+  w.code = static_cast<Code>(code), w.scale_type = static_cast<ScaleType>(scale_type);
+  if (w.integer() && static_cast<int64_t>(w.groups) * w.fold * w.folds_per_group < w.k)
+    throw std::invalid_argument("too few groups for the width");
+  auto owner = std::make_shared<nb::object>(std::move(array));
+  return std::make_shared<PackedWeight>(packed_at(w, bytes.data(), bytes.shape(0), std::move(owner)));
+}
+
+nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> raw_bytes(nb::handle self) {
+  const PackedWeight& packed = nb::cast<const PackedWeight&>(self);
+  return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(packed.view.codes, {packed.bytes()}, self);
 }
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> dequantised(const PackedWeight& packed) {
@@ -282,6 +314,24 @@ void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Ar
   program.run(step);
 }
 
+using BlockBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void check_block_bytes(const Program& program, size_t bytes) {
+  if (bytes != program.block_bytes()) throw std::invalid_argument("a cache block has another size");
+}
+
+void read_block(const Program& program, int64_t block, BlockBytes content) {
+  check_block_bytes(program, content.shape(0));
+  nb::gil_scoped_release release;
+  program.read_block(block, content.data());
+}
+
+void write_block(Program& program, int64_t block, Array1<uint8_t> content) {
+  check_block_bytes(program, content.shape(0));
+  nb::gil_scoped_release release;
+  program.write_block(block, content.data());
+}
+
 nb::ndarray<nb::numpy, float> view(nb::handle self, const Place& place, size_t rows) {
   Program& program = nb::cast<Program&>(self);
   const size_t width = static_cast<size_t>(place.second);
@@ -303,6 +353,9 @@ NB_MODULE(_native, module) {
       .def_static("gguf", &gguf_weight, "pool"_a, "rows"_a, "kind"_a, "width"_a)
       .def_static("grouped", &grouped_weight, "pool"_a, "codes"_a, "scale"_a, "minimum"_a.none(), "bits"_a, "group"_a,
                   "scale_type"_a)
+      .def_static("mapped", &mapped_weight, "form"_a, "data"_a, "Over bytes that were packed before; they stay mapped.")
+      .def_prop_ro("form", &form_of)
+      .def_prop_ro("raw", [](nb::handle self) { return raw_bytes(self); })
       .def("dequantise", &dequantised, "The exact values, float32 [out, in].")
       .def_prop_ro("shape", [](const PackedWeight& p) { return std::pair(p.view.n, p.view.k); })
       .def_prop_ro("nbytes", &PackedWeight::bytes)
@@ -343,6 +396,8 @@ NB_MODULE(_native, module) {
       .def("finish", &Program::finish)
       .def("allocate_cache", &Program::allocate_cache, "blocks"_a)
       .def("copy_block", &Program::copy_block, "source"_a, "destination"_a)
+      .def("read_block", &read_block, "block"_a, "content"_a)
+      .def("write_block", &write_block, "block"_a, "content"_a)
       .def_prop_ro("block_bytes", &Program::block_bytes)
       .def("run", &run, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a, "logits_rows"_a)
       .def(

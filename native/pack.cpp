@@ -2,15 +2,15 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace miaotui {
 namespace {
 
 size_t scale_bytes(ScaleType type) { return type == ScaleType::F32 ? 4 : 2; }
 
-// Fills in the sizes and takes the memory: codes, then scales, then minima, each panel after panel.
-void lay_out(PackedWeight& packed) {
-  Weight& w = packed.view;
+// Fills in panels and strides; returns the bytes of codes, of scales (and of minima again as many).
+std::pair<size_t, size_t> measure(Weight& w) {
   w.panels = (w.n + kRowsPerPanel - 1) / kRowsPerPanel;
   const size_t elements = static_cast<size_t>(w.k_pad) * kRowsPerPanel;
   switch (w.code) {
@@ -20,13 +20,24 @@ void lay_out(PackedWeight& packed) {
     case Code::INT8: w.panel_bytes = elements; break;
     case Code::INT4: w.panel_bytes = elements / 2; break;
   }
+  w.panel_scale_bytes = 0;
   if (w.integer()) w.panel_scale_bytes = static_cast<size_t>(w.groups) * kRowsPerPanel * scale_bytes(w.scale_type);
   const size_t panels = static_cast<size_t>(w.panels);
-  const size_t codes = round_up(panels * w.panel_bytes, 64), scales = round_up(panels * w.panel_scale_bytes, 64);
-  packed.memory = Memory(codes + scales * (w.has_min ? 2 : 1));
-  w.codes = packed.memory.data();
+  return {round_up(panels * w.panel_bytes, 64), round_up(panels * w.panel_scale_bytes, 64)};
+}
+
+void point_into(Weight& w, const uint8_t* bytes, size_t codes, size_t scales) {
+  w.codes = bytes;
   w.scales = w.codes + codes;
   w.mins = w.has_min ? w.scales + scales : w.scales;
+}
+
+// Takes the memory: codes, then scales, then minima, each panel after panel.
+void lay_out(PackedWeight& packed) {
+  const auto [codes, scales] = measure(packed.view);
+  packed.size = codes + scales * (packed.view.has_min ? 2 : 1);
+  packed.memory = Memory(packed.size);
+  point_into(packed.view, packed.memory.data(), codes, scales);
 }
 
 uint8_t* mutable_bytes(const uint8_t* p) { return const_cast<uint8_t*>(p); }
@@ -110,6 +121,17 @@ void put_bytes(const uint8_t* q, uint8_t* codes) {
 }
 
 }  // namespace
+
+PackedWeight packed_at(const Weight& like, const uint8_t* bytes, size_t size, std::shared_ptr<void> owner) {
+  PackedWeight packed;
+  packed.view = like;
+  const auto [codes, scales] = measure(packed.view);
+  packed.size = codes + scales * (like.has_min ? 2 : 1);
+  if (packed.size != size) throw std::invalid_argument("packed bytes of a wrong size");
+  point_into(packed.view, bytes, codes, scales);
+  packed.owner = std::move(owner);
+  return packed;
+}
 
 PackedWeight pack_dense(Pool& pool, const void* data, Code code, int n, int k) {
   PackedWeight packed;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "kernels.h"
@@ -10,12 +11,18 @@
 
 namespace miaotui {
 
+// A weight and the memory that it lies in: its own, or that of a file which `owner` keeps mapped.
 struct PackedWeight {
   Weight view;
   Memory memory;
+  std::shared_ptr<void> owner;
+  size_t size = 0;  // bytes from view.codes on: codes, scales, minima
 
-  size_t bytes() const { return memory.bytes(); }
+  size_t bytes() const { return size; }
 };
+
+// A weight that was packed before, its panels at `bytes`. `like` has all but the pointers and strides.
+PackedWeight packed_at(const Weight& like, const uint8_t* bytes, size_t size, std::shared_ptr<void> owner);
 
 // Dense [n, k], row-major: float32, IEEE half or bfloat16 bits; kept in that type.
 PackedWeight pack_dense(Pool& pool, const void* data, Code code, int n, int k);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +19,12 @@ from miaotui.model.weights import prepare_weights
 
 if TYPE_CHECKING:
     from miaotui.model.chat import ChatTemplate
+    from miaotui.model.packed import PackedFile
 
 T = TypeVar("T")
+
+LEAST_TO_KEEP = 256 << 20
+"""Smaller checkpoints pack in an instant, and are not kept packed."""
 
 MIN_LOGITS_ROWS = 64
 """Rows of logits that a step may ask for at least, so that scoring a text takes few steps."""
@@ -92,8 +97,12 @@ def build(
     max_num_batched_tokens: int = 512,
     max_logits_rows: int | None = None,
     threads: int | None = None,
+    keep_packed: bool = True,
 ) -> tuple[ModelSpec, Executor]:
-    """`load` without text: only the checkpoint's configuration and weights are read."""
+    """`load` without text: only the checkpoint's configuration and weights are read.
+
+    keep_packed: keep a large model's packed weights on disk, and use those kept by an earlier load.
+    """
     make_backend = _choose("device", device, BACKENDS)
     cache_type = _choose("kv_cache_dtype", kv_cache_dtype, CACHE_TYPES)
     compute_type = _choose("compute", compute, COMPUTE_TYPES)
@@ -109,9 +118,23 @@ def build(
         max_model_len=_length(spec, max_model_len),
     )
     cache = CacheSpec(tuple(layer.attention for layer in spec.layers), cache_type)
-    backend = make_backend(shape, cache, compute_type, threads)
-    weights = prepare_weights(backend.ops, spec, names, checkpoint)
+    with _packed_file(checkpoint, make_backend is _cpu and keep_packed) as store:
+        backend = make_backend(shape, cache, compute_type, threads, store)
+        weights = prepare_weights(backend.ops, spec, names, checkpoint)
     return spec, backend.record(lambda ops: forward(ops, spec, weights))
+
+
+@contextmanager
+def _packed_file(checkpoint: Checkpoint, wanted: bool) -> Iterator[PackedFile | None]:
+    """The checkpoint's packed weights on disk, saved when the load that needed them ends well."""
+    if not wanted or checkpoint.nbytes < LEAST_TO_KEEP:
+        yield None
+        return
+    from miaotui.model.packed import PackedFile
+
+    store = PackedFile.of(checkpoint)
+    yield store
+    store.save()
 
 
 def _length(spec: ModelSpec, wanted: int | None) -> int:
@@ -124,17 +147,19 @@ def _length(spec: ModelSpec, wanted: int | None) -> int:
 
 
 # -- backends, each resolved once ------------------------------------------------------------------------
-MakeBackend = Callable[[StepShape, CacheSpec, ComputeType, int | None], Backend[Any]]
+MakeBackend = Callable[[StepShape, CacheSpec, ComputeType, int | None, Any], Backend[Any]]
 
 
-def _cpu(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None) -> Backend[Any]:
+def _cpu(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, store: Any) -> Backend[Any]:
     from miaotui.backends.cpu import CpuBackend
 
-    return CpuBackend(shape, cache, compute=compute, threads=threads)
+    return CpuBackend(shape, cache, compute=compute, threads=threads, store=store)
 
 
 def _torch(device: str) -> MakeBackend:
-    def make(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None) -> Backend[Any]:
+    def make(
+        shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, _store: None
+    ) -> Backend[Any]:
         try:
             from miaotui.backends.reference.backend import ReferenceBackend
         except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from miaotui.backends.cpu.emit import Emitter, Place
 from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
 from miaotui.backends.cpu.ops import CpuOps
 from miaotui.backends.cpu.plan import fused, place, split_permutations
-from miaotui.backends.cpu.weights import Matrix
+from miaotui.backends.cpu.weights import Matrix, WeightStore
 from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
 from miaotui.errors import UsageError
 from miaotui.hardware import detect
@@ -34,6 +35,7 @@ class CpuBackend:
         threads: int | None = None,
         isa: str | None = None,
         fuse: bool = True,
+        store: WeightStore | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads cannot compute anything.", "Give --threads a positive number.")
@@ -43,7 +45,7 @@ class CpuBackend:
         self._isa = isa or _native.isas()[0]
         self._fuse = fuse
         self._pool = _native.Pool(threads or detect.usable_cores())
-        self._ops = CpuOps(self._pool)
+        self._ops = CpuOps(self._pool, store)
 
     @property
     def ops(self) -> Ops[Value]:
@@ -76,14 +78,18 @@ class CpuBackend:
         for node, parts in split_permutations(nodes):
             emitter.emit(node, parts)
         program.finish()
-        return CpuExecutor(program, (places.offset[logits], logits.width), rows, _weight_bytes(nodes))
+        cache_format = f"cpu {self._isa} {self.cache.type} quantised={self._quantised} fuse={self._fuse} {_build()}"
+        return CpuExecutor(program, (places.offset[logits], logits.width), rows, _weight_bytes(nodes), cache_format)
 
 
 class CpuExecutor:
     """Replays the program: one native call a step, without the GIL."""
 
-    def __init__(self, program: _native.Program, logits: Place, shape: StepShape, weight_bytes: int) -> None:
+    def __init__(
+        self, program: _native.Program, logits: Place, shape: StepShape, weight_bytes: int, cache_format: str
+    ) -> None:
         self.shape = shape
+        self.cache_format = cache_format
         self.vocab_size = logits[1]
         self.weight_bytes = weight_bytes
         self.block_bytes: int = program.block_bytes
@@ -103,6 +109,14 @@ class CpuExecutor:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for source, destination in pairs:
             self._program.copy_block(source, destination)
+
+    def read_block(self, block: int) -> NDArray[np.uint8]:
+        content = np.empty(self.block_bytes, np.uint8)
+        self._program.read_block(block, content)
+        return content
+
+    def write_block(self, block: int, content: NDArray[np.uint8]) -> None:
+        self._program.write_block(block, content)
 
     def start_profile(self) -> None:
         """Begin to time every op of the steps that follow (on the first thread, waiting included)."""
@@ -125,6 +139,12 @@ def _ropes(nodes: list[Node]) -> list[Rope]:
         if isinstance(node, RopeNode | AttentionNode) and node.attention.rope is not None:
             found.setdefault(node.attention.rope)
     return list(found)
+
+
+def _build() -> str:
+    """Which build of the kernels this is: another may round otherwise."""
+    file = Path(_native.__file__).stat()
+    return f"{file.st_size}-{file.st_mtime_ns}"
 
 
 def _weight_bytes(nodes: list[Node]) -> int:

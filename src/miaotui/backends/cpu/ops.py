@@ -21,7 +21,7 @@ from miaotui.backends.cpu.nodes import (
     SelectNode,
     Value,
 )
-from miaotui.backends.cpu.weights import Linear, Matrix, matrix
+from miaotui.backends.cpu.weights import Linear, Matrix, WeightStore, stored_matrix
 from miaotui.backends.ops import Activation, Attention, ExpertsWeight, NormWeight
 from miaotui.quant.tensor import Tensor
 
@@ -29,16 +29,17 @@ from miaotui.quant.tensor import Tensor
 class CpuOps:
     """`Ops` whose buffer is a `Value`. `nodes` is the step, in order."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, store: WeightStore | None = None) -> None:
         self._pool = pool
+        self._store = store
         self.nodes: list[Node] = []
 
     # -- weights -----------------------------------------------------------------------------------------
     def prepare_linear(self, parts: Sequence[Tensor], bias: NDArray[np.float32] | None = None) -> Linear:
-        return Linear(tuple(matrix(self._pool, part) for part in parts), bias)
+        return Linear(tuple(stored_matrix(self._pool, part, self._store) for part in parts), bias)
 
     def prepare_embedding(self, table: Tensor) -> Matrix:
-        return matrix(self._pool, table)
+        return stored_matrix(self._pool, table, self._store)
 
     def prepare_norm(
         self,

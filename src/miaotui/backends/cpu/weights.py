@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
 PANEL_KINDS = frozenset({"Q4_0", "Q4_1", "Q8_0"})
 """GGUF kinds that go to panels straight from their blocks; others by way of a GroupedTensor."""
+
+INTEGER = frozenset({"int4", "int8"})
 
 FOLD = 16
 """Groups must be multiples of this for the integer kernels."""
@@ -57,6 +60,49 @@ class Linear:
         return np.ascontiguousarray(self.bias[begin : begin + self.parts[index].height])
 
 
+class WeightStore(Protocol):
+    """Packed weights kept from an earlier load, in the order in which they are asked for."""
+
+    def take(self, description: str) -> PackedWeight | None:
+        """The next weight, if one is kept and was made of a tensor that `describe` calls the same."""
+        ...
+
+    def put(self, description: str, weight: PackedWeight) -> None:
+        """Keep a weight that was just packed."""
+        ...
+
+
+def describe(tensor: Tensor) -> str:
+    """What decides how a tensor is packed, its values aside."""
+    shape = "x".join(map(str, tensor.shape))
+    match tensor:
+        case BlockTensor():
+            return f"{tensor.kind} {shape}"
+        case DenseTensor():
+            return f"{tensor.type} {shape}"
+        case GroupedTensor():
+            return f"{tensor.scheme} {tensor.scheme.scale_type} {shape}"
+    raise AssertionError(f"no packing for {type(tensor).__name__}")
+
+
+def stored_matrix(pool: Pool, tensor: Tensor, store: WeightStore | None) -> Matrix:
+    """`matrix`, by way of the store when there is one: what it holds is neither read nor packed again."""
+    if store is None:
+        return matrix(pool, tensor)
+    kept = store.take(describe(tensor))
+    if kept is not None:
+        return Matrix(kept, _order(tensor) if kept.code in INTEGER else None)
+    made = matrix(pool, tensor)
+    store.put(describe(tensor), made.packed)
+    return made
+
+
+def _order(tensor: Tensor) -> NDArray[np.int32] | None:
+    if not isinstance(tensor, GroupedTensor) or tensor.perm is None:
+        return None
+    return np.ascontiguousarray(tensor.perm, dtype=np.int32)
+
+
 def matrix(pool: Pool, tensor: Tensor) -> Matrix:
     """Pack a stored tensor `[out, in]`.
 
@@ -73,7 +119,7 @@ def matrix(pool: Pool, tensor: Tensor) -> Matrix:
     width = tensor.shape[1]
     group = tensor.scheme.group_size or width
     if group % FOLD and tensor.scheme.groups(width) > 1:
-        return Matrix(PackedWeight.dense(pool, tensor.dense32(), "float32"))
+        return Matrix(PackedWeight.dense(pool, tensor.dense32(), "float32"))  # in the input's own order
     packed = PackedWeight.grouped(
         pool,
         np.ascontiguousarray(tensor.codes),
@@ -83,4 +129,4 @@ def matrix(pool: Pool, tensor: Tensor) -> Matrix:
         group,
         tensor.scheme.scale_type,
     )
-    return Matrix(packed, None if tensor.perm is None else np.ascontiguousarray(tensor.perm, dtype=np.int32))
+    return Matrix(packed, _order(tensor))
