@@ -78,11 +78,35 @@ void Program::allocate_cache(int64_t blocks) {
   }
 }
 
+void Program::check_block(int64_t block) const {
+  if (block < 0 || block >= blocks_) throw std::out_of_range("no such cache block");
+}
+
 void Program::copy_block(int64_t from, int64_t to) {
-  if (from < 0 || to < 0 || from >= blocks_ || to >= blocks_) throw std::out_of_range("no such cache block");
+  check_block(from), check_block(to);
   uint8_t* base = cache_.data();
   for (const LayerSlot& slot : layers_) {
     std::memcpy(base + slot.bytes * static_cast<size_t>(to), base + slot.bytes * static_cast<size_t>(from), slot.bytes);
+    base += slot.bytes * static_cast<size_t>(blocks_);
+  }
+}
+
+void Program::read_block(int64_t block, uint8_t* content) const {
+  check_block(block);
+  const uint8_t* base = cache_.data();
+  for (const LayerSlot& slot : layers_) {
+    std::memcpy(content, base + slot.bytes * static_cast<size_t>(block), slot.bytes);
+    content += slot.bytes;
+    base += slot.bytes * static_cast<size_t>(blocks_);
+  }
+}
+
+void Program::write_block(int64_t block, const uint8_t* content) {
+  check_block(block);
+  uint8_t* base = cache_.data();
+  for (const LayerSlot& slot : layers_) {
+    std::memcpy(base + slot.bytes * static_cast<size_t>(block), content, slot.bytes);
+    content += slot.bytes;
     base += slot.bytes * static_cast<size_t>(blocks_);
   }
 }

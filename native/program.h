@@ -86,6 +86,8 @@ class Program {
   // Room for `blocks` blocks of every layer, zeroed and untouched.
   void allocate_cache(int64_t blocks);
   void copy_block(int64_t from, int64_t to);
+  void read_block(int64_t block, uint8_t* content) const;  // block_bytes() of them, layer after layer
+  void write_block(int64_t block, const uint8_t* content);
   size_t block_bytes() const;  // over all layers
   int64_t blocks() const { return blocks_; }
 
@@ -98,6 +100,7 @@ class Program {
 
  private:
   void replay(int thread);
+  void check_block(int64_t block) const;
 
   std::shared_ptr<Pool> pool_;
   Limits limits_;

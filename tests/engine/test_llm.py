@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,12 +35,18 @@ class ToyTemplate:
         return self._tokenizer.encode(f"{said}{len(tools or ())}{sorted(template)}")
 
 
+class ToyCheckpoint:
+    def fingerprint(self) -> str:
+        return "toy"
+
+
 @dataclass
 class ToyLoaded:
     spec: Any
     tokenizer: Any
     executor: Any
     chat_template: Any
+    checkpoint: Any
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: str, **options: Any) -> ToyLoaded:
         shape = StepShape(options["max_num_batched_tokens"], options["max_num_seqs"], options["max_num_seqs"], 256)
         tokenizer = toy_tokenizer()
-        return ToyLoaded(ToySpec(), tokenizer, ToyExecutor(shape), ToyTemplate(tokenizer))
+        return ToyLoaded(ToySpec(), tokenizer, ToyExecutor(shape), ToyTemplate(tokenizer), ToyCheckpoint())
 
     monkeypatch.setattr(miaotui.model.build, "load", load)
     monkeypatch.setattr(miaotui.hardware.detect, "available_memory", lambda: 50_000)
@@ -150,6 +157,20 @@ def test_a_cache_of_a_given_size_forces_preemption(toy_model: None) -> None:
         assert [o.outputs[0].token_ids for o in outputs] == [naive_greedy(prompt, 40) for prompt in prompts]
         assert llm.engine.stats.blocks == 20
         assert llm.engine.stats.preemptions > 0
+
+
+def test_prefixes_are_kept_in_a_file(toy_model: None, tmp_path: Path) -> None:
+    prompt = list(range(70))
+    for cached in (0, 64):
+        with LLM("toy", prefix_cache_file=tmp_path / "p", prefix_cache_bytes=8192, max_model_len=128) as llm:
+            (output,) = llm.generate(prompt, GREEDY)
+            assert output.outputs[0].token_ids == naive_greedy(prompt, 12)
+            assert output.num_cached_tokens == cached
+    assert (tmp_path / "p").stat().st_size <= 8192
+    with pytest.raises(UsageError, match="prefix_cache_file needs prefix caching"):
+        LLM("toy", prefix_cache_file=tmp_path / "p", enable_prefix_caching=False)
+    with pytest.raises(UsageError, match="no room for a block"):
+        LLM("toy", prefix_cache_file=tmp_path / "p", prefix_cache_bytes=1)
 
 
 def executor(context: int) -> ToyExecutor:

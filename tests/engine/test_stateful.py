@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.request import RequestOutput
@@ -20,12 +23,16 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         blocks=st.integers(9, 30), seqs=st.integers(1, 5), budget=st.integers(1, 50), prefix=st.booleans(),
-        rows=st.integers(0, 3),
+        rows=st.integers(0, 3), slots=st.integers(0, 12),
     )  # fmt: skip
-    def begin(self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int) -> None:
-        self.engine = toy_engine(
-            blocks=blocks, seqs=seqs, budget=budget, prefix=prefix, rows=seqs + rows, max_model_len=144
-        )
+    def begin(self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int, slots: int) -> None:
+        self.folder = TemporaryDirectory()
+        file = Path(self.folder.name) / "prefixes" if slots and prefix else None
+        self.make = lambda: toy_engine(
+            blocks=blocks, seqs=seqs, budget=budget, prefix=prefix, rows=seqs + rows, max_model_len=144,
+            file=file, slots=slots,
+        )  # fmt: skip
+        self.engine = self.make()
         self.prompts: dict[str, list[int]] = {}
         self.greedy: dict[str, int] = {}
         self.streamed: dict[str, list[int]] = {}
@@ -64,6 +71,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert output is None or output.finished
         self.greedy.pop(request, None)
 
+    @precondition(lambda self: not self.engine.has_work)
+    @rule()
+    def restart(self) -> None:
+        self.engine.close()
+        self.engine = self.make()
+
     @invariant()
     def agrees(self) -> None:
         if hasattr(self, "engine"):
@@ -88,6 +101,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.has_work, "the engine makes no progress"
         self.engine.check_integrity()
         assert self.engine.stats.blocks_in_use == 0
+        self.engine.close()
+        self.folder.cleanup()
 
 
 TestEngine = EngineMachine.TestCase

@@ -7,6 +7,7 @@ that was overwritten, not copied or wrongly shared gives other logits, and so ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -16,6 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from miaotui.backends.ops import BLOCK_SIZE, Step, StepShape
 from miaotui.engine.admit import EngineConfig
 from miaotui.engine.engine import Engine
+from miaotui.engine.paging import FilePager
+from miaotui.engine.prefix_file import open_prefix_file
 from miaotui.engine.request import RequestOutput
 from miaotui.model.tokenizer import Tokenizer
 
@@ -43,6 +46,7 @@ class ToyExecutor:
 
     weight_bytes = 1000
     block_bytes = BLOCK_SIZE * 4
+    cache_format = "toy"
 
     def __init__(self, shape: StepShape, vocab: int = VOCAB, sharpness: float = 3.0) -> None:
         self.shape = shape
@@ -80,6 +84,12 @@ class ToyExecutor:
         for source, target in pairs:
             self._cache[target] = self._cache[source]
             self.copies += 1
+
+    def read_block(self, block: int) -> NDArray[np.uint8]:
+        return self._cache[block].astype(np.int32).view(np.uint8)
+
+    def write_block(self, block: int, content: NDArray[np.uint8]) -> None:
+        self._cache[block] = content.view(np.int32)
 
     def close(self) -> None:
         self.closed = True
@@ -127,7 +137,10 @@ def toy_engine(
     eos: tuple[int, ...] = (),
     vocab: int = VOCAB,
     sharpness: float = 3.0,
+    file: Path | None = None,
+    slots: int = 0,
 ) -> Engine:
+    """`file` pages idle prefixes to that file, with so many slots."""
     shape = StepShape(max_tokens=budget, max_seqs=seqs, max_logits_rows=rows or seqs, max_model_len=max_model_len)
     config = EngineConfig(
         blocks=blocks,
@@ -137,7 +150,12 @@ def toy_engine(
         enable_prefix_caching=prefix,
         eos_token_ids=eos,
     )
-    return Engine(ToyExecutor(shape, vocab, sharpness), toy_tokenizer(), config)
+    executor = ToyExecutor(shape, vocab, sharpness)
+    pager = None
+    if file is not None:
+        found = open_prefix_file(file, 4096 + slots * (executor.block_bytes + 32), executor.block_bytes, bytes(32))
+        pager = None if found is None else FilePager(executor, found)
+    return Engine(executor, toy_tokenizer(), config, pager)
 
 
 def finish(engine: Engine, *, check: bool = True) -> dict[str, RequestOutput]:

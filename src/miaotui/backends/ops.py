@@ -211,6 +211,10 @@ class Executor(Protocol):
     block_bytes: int
     """Bytes of one cache block over all layers."""
 
+    cache_format: str
+    """Names everything but the weights that the bytes of a block depend on: executors of the same weights and the
+    same `cache_format` may exchange blocks."""
+
     shape: StepShape
 
     def allocate_cache(self, blocks: int) -> None:
@@ -223,6 +227,14 @@ class Executor(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole cache blocks (source, destination), all layers."""
+        ...
+
+    def read_block(self, block: int) -> NDArray[np.uint8]:
+        """A copy of a cache block over all layers, `[block_bytes]`."""
+        ...
+
+    def write_block(self, block: int, content: NDArray[np.uint8]) -> None:
+        """Fill a cache block with what `read_block` gave."""
         ...
 
     def close(self) -> None:

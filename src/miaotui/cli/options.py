@@ -49,6 +49,12 @@ ENGINE = {
     "max_num_batched_tokens": click.option(
         "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens in one step."
     ),
+    "prefix_cache_file": click.option(
+        "--prefix-cache-file", type=click.Path(dir_okay=False), help="Keep idle prefixes in this file, also for later."
+    ),
+    "prefix_cache_bytes": click.option(
+        "--prefix-cache-bytes", type=Size(), help="The most that file may take: 512M, 2G.  [default: 1G]"
+    ),
     "threads": click.option(
         "--threads", type=click.IntRange(min=1), help="Compute threads.  [default: one a physical core]"
     ),

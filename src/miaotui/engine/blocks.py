@@ -6,6 +6,8 @@ A block is in exactly one of three states, and `check_integrity` says so:
     cached      no table lists it, but its content is known by hash: it may be found again, or evicted, oldest first
     free        nothing is known of it
 
+With a pager (paging.py) what is evicted goes to a file, and a prefix may be found there too.
+
 Only full blocks whose positions have been computed are known by hash, so a shared block is never written to. The hash
 is chained (blake2b over the parent's hash and the block's tokens, 128 bits): equal hashes mean equal prefixes.
 """
@@ -18,9 +20,12 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from miaotui.backends.ops import BLOCK_SIZE
+from miaotui.engine.paging import Pager
 
 BlockTable = array
 """An `array('i')` of block numbers. Append-only: a changed table is a new array, so that identity means content."""
+Place = int | bytes
+"""Where a known block is: its number, or, for one that is with the pager, its hash."""
 
 
 def blocks_for(positions: int) -> int:
@@ -39,9 +44,10 @@ def extend_chain(chain: list[bytes], tokens: array[int], blocks: int) -> None:
 class BlockManager:
     """Owns every block of the cache. A table belongs to its sequence; only this class changes reference counts."""
 
-    def __init__(self, blocks: int, prefix_caching: bool = True) -> None:
+    def __init__(self, blocks: int, prefix_caching: bool = True, pager: Pager | None = None) -> None:
         self.total = blocks
         self.prefix_caching = prefix_caching
+        self._pager = pager
         self._free = list(range(blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._references = [0] * blocks
@@ -72,26 +78,41 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
-    def find(self, chain: list[bytes]) -> list[int]:
-        """The blocks that hold the longest known prefix of `chain`. They are not held yet."""
-        found: list[int] = []
+    def find(self, chain: list[bytes]) -> list[Place]:
+        """Where the longest known prefix of `chain` is. Its blocks are not held yet."""
+        found: list[Place] = []
         for digest in chain:
             block = self._block_of.get(digest)
-            if block is None:
+            if block is not None:
+                found.append(block)
+            elif self._pager is not None and digest in self._pager:
+                found.append(digest)
+            else:
                 break
-            found.append(block)
         return found
 
-    def can_hold(self, positions: int, found: list[int]) -> bool:
+    def can_hold(self, positions: int, found: list[Place]) -> bool:
         """Whether a sequence of `positions`, whose prefix is in `found`, fits beside what is held."""
-        idle = sum(self._references[block] == 0 for block in found)
-        return blocks_for(positions) - len(found) <= self.available - idle
+        here = [place for place in found if isinstance(place, int)]
+        idle = sum(self._references[block] == 0 for block in here)
+        return blocks_for(positions) - len(here) <= self.available - idle
 
-    def adopt(self, found: list[int]) -> array[int]:
-        """A new table that holds (shares) the blocks `found`."""
-        for block in found:
+    def adopt(self, found: list[Place]) -> array[int]:
+        """A new table that holds (shares) the blocks `found`; what is with the pager is loaded into blocks of its own.
+
+        The table ends early where the pager no longer has a block.
+        """
+        here = [place for place in found if isinstance(place, int)]
+        for block in here:
             self._hold(block)
-        return array("i", found)
+        table = array("i")
+        for place in found:
+            taken = place if isinstance(place, int) else self._load(place)
+            if taken is None:
+                self.release(array("i", here[sum(isinstance(p, int) for p in found[: len(table)]) :]))
+                break
+            table.append(taken)
+        return table
 
     def remember(self, table: array[int], chain: list[bytes], first: int, last: int) -> None:
         """Make the blocks first … last-1 of `table`, now full and computed, findable by their hashes in `chain`."""
@@ -120,14 +141,34 @@ class BlockManager:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            digest = self._hash_of.pop(block)
+            del self._block_of[digest]
+            if self._pager is not None:
+                self._pager.save(digest, block)
         self._references[block] = 1
+        return block
+
+    def _load(self, digest: bytes) -> int | None:
+        """A held block with what the pager has under `digest`; None when it has it no longer, or it is damaged."""
+        assert self._pager is not None
+        block = self._take()
+        if not self._pager.load(digest, block):
+            self.release(array("i", [block]))
+            return None
+        self._block_of[digest], self._hash_of[block] = block, digest
         return block
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:
             del self._cached[block]
         self._references[block] += 1
+
+    def save_all(self) -> None:
+        """Give everything that is known to the pager, the oldest first, before the cache goes away."""
+        if self._pager is not None:
+            idle = list(self._cached)
+            for block in idle + [block for block in self._hash_of if block not in self._cached]:
+                self._pager.save(self._hash_of[block], block)
 
     def check_integrity(self, tables: Iterable[array[int]]) -> None:
         """Raise AssertionError unless every block is in one state and `tables` are all that hold any."""

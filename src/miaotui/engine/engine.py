@@ -18,6 +18,7 @@ from miaotui.engine.blocks import BlockManager
 from miaotui.engine.branch import Branches
 from miaotui.engine.draws import best_draws
 from miaotui.engine.grammar import GrammarMask, Grammars
+from miaotui.engine.paging import FilePager
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.processors import build_processors, check_token_ids
 from miaotui.engine.publish import Publisher
@@ -40,6 +41,9 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    blocks_paged_out: int
+    """Blocks written to the prefix cache file."""
+    blocks_paged_in: int
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -54,7 +58,10 @@ class EngineStats:
 class Engine:
     """Owns the executor's cache and every request in flight."""
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig, pager: FilePager | None = None
+    ) -> None:
+        """`pager` keeps idle prefixes that memory has no room for; it is closed with the engine."""
         shape = executor.shape
         config = replace(
             config,
@@ -65,7 +72,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.executor = executor
         executor.allocate_cache(config.blocks)
-        self._blocks = BlockManager(config.blocks, config.enable_prefix_caching)
+        self._pager = pager
+        self._blocks = BlockManager(config.blocks, config.enable_prefix_caching, pager)
         limits = Limits(
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
@@ -271,6 +279,8 @@ class Engine:
             prefix_queries=self._scheduler.prefix_queries,
             prefix_hits=self._scheduler.prefix_hits,
             preemptions=self._scheduler.preemptions,
+            blocks_paged_out=self._pager.file.saved if self._pager is not None else 0,
+            blocks_paged_in=self._pager.file.found if self._pager is not None else 0,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -280,13 +290,18 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, sequences and requests agree."""
         self._scheduler.check_integrity()
+        if self._pager is not None:
+            self._pager.file.check_integrity()
         live = {id(s) for request in self._requests.values() for s in request.sequences if s.finish_reason is None}
         scheduled = self._scheduler.running + [sequence for _, sequence in self._scheduler.waiting]
         assert live == set(map(id, scheduled)), "a sequence is lost, or outlives its request"
         assert not any(request.finished for request in self._requests.values())
 
     def close(self) -> None:
-        """Free the executor and the worker threads."""
+        """Free the executor and the worker threads; known prefixes go to the pager's file."""
+        if self._pager is not None:
+            self._blocks.save_all()
+            self._pager.file.close()
         self._grammars.close()
         self.executor.close()
 

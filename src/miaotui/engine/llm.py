@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from miaotui.engine.admit import EngineConfig
 from miaotui.engine.engine import Engine
 from miaotui.engine.memory import fit_cache
+from miaotui.engine.paging import PREFIX_CACHE_BYTES, open_pager
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.request import RequestOutput
 from miaotui.errors import RequestError, UsageError
@@ -42,6 +44,8 @@ class LLM:
         max_num_seqs: int = MAX_NUM_SEQS,
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         enable_prefix_caching: bool = True,
+        prefix_cache_file: str | Path | None = None,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         threads: int | None = None,
         device: Literal["auto", "cpu", "cuda", "reference"] = "auto",
     ) -> None:
@@ -49,6 +53,8 @@ class LLM:
 
         `max_model_len` tokens of prompt and answer; None means what the model and the memory allow.
         `kv_cache_memory_bytes` is the KV cache's size; None takes what the context can use, of what is free.
+        `prefix_cache_file` keeps prefixes that memory has no room for, in `prefix_cache_bytes` at most, also for the
+        next process that opens the same model with it.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
@@ -88,7 +94,17 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             eos_token_ids=tuple(dict.fromkeys((*loaded.tokenizer.eos_ids, *loaded.spec.eos_token_ids))),
         )
-        self.engine = Engine(executor, loaded.tokenizer, config)
+        pager = None
+        if prefix_cache_file is not None:
+            pager = open_pager(
+                prefix_cache_file,
+                prefix_cache_bytes,
+                executor,
+                loaded.checkpoint.fingerprint(),
+                loaded.spec,
+                prefix_caching=enable_prefix_caching,
+            )
+        self.engine = Engine(executor, loaded.tokenizer, config, pager)
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._dropped: list[str] = []
         """Requests whose streams nobody holds any more; cancelled before the next step."""

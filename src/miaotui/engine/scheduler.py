@@ -11,7 +11,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from miaotui.backends.ops import BLOCK_SIZE
-from miaotui.engine.blocks import BlockManager, blocks_for, extend_chain
+from miaotui.engine.blocks import BlockManager, Place, blocks_for, extend_chain
 from miaotui.engine.request import Sequence
 
 
@@ -126,13 +126,13 @@ class Scheduler:
             heapq.heappop(self.waiting)
             self.running.append(sequence)
             sequence.blocks = self.blocks.adopt(found)
-            sequence.computed = len(found) * BLOCK_SIZE
+            sequence.computed = len(sequence.blocks) * BLOCK_SIZE
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += sequence.computed
             plan.admitted.append(sequence)
             self._extend(plan, sequence)
 
-    def _make_room(self, plan: Schedule, sequence: Sequence) -> list[int] | None:
+    def _make_room(self, plan: Schedule, sequence: Sequence) -> list[Place] | None:
         """Cached blocks of the sequence's prefix once the step has room and all its tokens fit; None: it must wait.
 
         It may push out sequences of lower priority; and, should nothing else be able to run, any less urgent one.
@@ -149,7 +149,7 @@ class Scheduler:
                 return None
             self._preempt(plan, victim)
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
+    def _find_prefix(self, sequence: Sequence) -> list[Place]:
         """Known full blocks, short of the last token: its logits are wanted, so it is always run."""
         if sequence.all_rows or not self.blocks.prefix_caching:
             return []

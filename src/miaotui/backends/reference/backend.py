@@ -53,6 +53,8 @@ class ReferenceExecutor:
     ) -> None:
         self.shape = shape
         self.block_bytes = ops.cache.block_bytes
+        kind = f"{ops.cache.spec.type} quantise={ops.quantise} half={ops.half}"
+        self.cache_format = f"reference {ops.device.type} {kind} torch {torch.__version__}"
         self._ops = ops
         self._forward = forward
         ops.cache.allocate(1)
@@ -74,6 +76,12 @@ class ReferenceExecutor:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         with torch.inference_mode():
             self._ops.cache.copy(pairs)
+
+    def read_block(self, block: int) -> NDArray[np.uint8]:
+        return self._ops.cache.read(block)
+
+    def write_block(self, block: int, content: NDArray[np.uint8]) -> None:
+        self._ops.cache.write(block, content)
 
     def close(self) -> None:
         self._ops.cache.layers = []

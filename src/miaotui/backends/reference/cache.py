@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from miaotui.backends.ops import BLOCK_SIZE, Attention, CacheSpec, CacheType
 
@@ -61,6 +63,26 @@ class Cache:
         for keys, values in self.layers:
             keys.copy(source, destination)
             values.copy(source, destination)
+
+    def read(self, block: int) -> NDArray[np.uint8]:
+        """One block over all layers as bytes."""
+        return np.concatenate([part.view(torch.uint8).flatten().cpu().numpy() for part in self._parts(block)])
+
+    def write(self, block: int, content: NDArray[np.uint8]) -> None:
+        """Fill one block with what `read` gave."""
+        at = 0
+        for part in self._parts(block):
+            size = part.numel() * part.element_size()
+            stored = torch.from_numpy(content[at : at + size].copy()).view(part.dtype).view(part.shape)
+            part.copy_(stored)
+            at += size
+
+    def _parts(self, block: int) -> Iterator[torch.Tensor]:
+        """A block's views into every tensor of the cache."""
+        for store in (store for layer in self.layers for store in layer):
+            yield store.data[block]
+            if store.scale is not None:
+                yield store.scale[block]
 
     def _store(self, attention: Attention, blocks: int) -> Store:
         shape = (blocks, BLOCK_SIZE, attention.kv_heads, attention.head_dim)
