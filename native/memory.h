@@ -14,10 +14,13 @@
 
 namespace miaotui {
 
+// Huge pages for what is streamed whole; small ones for what is large on paper and touched here and there.
+enum class Pages { small, huge };
+
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(size_t bytes, bool huge = true) : bytes_(bytes) {
+  explicit Memory(size_t bytes, Pages pages = Pages::huge) : bytes_(bytes) {
     if (bytes == 0) return;
 #if defined(__unix__) || defined(__APPLE__)
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
@@ -27,11 +30,11 @@ class Memory {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (huge) madvise(p, bytes, MADV_HUGEPAGE);
+    if (pages == Pages::huge) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
     data_ = static_cast<uint8_t*>(p);
 #else
-    (void)huge;
+    (void)pages;
     data_ = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(4096)));
     std::memset(data_, 0, bytes);
 #endif

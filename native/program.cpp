@@ -28,7 +28,7 @@ const std::vector<Isa>& available_isas() {
 }
 
 Program::Program(std::shared_ptr<Pool> pool, const Isa& isa, Limits limits, size_t arena_floats)
-    : pool_(std::move(pool)), limits_(limits), arena_(arena_floats * sizeof(float) + 64) {
+    : pool_(std::move(pool)), limits_(limits), arena_(arena_floats * sizeof(float) + 64, Pages::small) {
   context_.threads = pool_->threads();
   context_.kernels = isa.kernels;
   context_.attention = isa.attention;
@@ -43,9 +43,9 @@ void Program::finish() {
     attention = std::max(attention, op->attention_bytes(limits_, threads()));
   }
   scratch = round_up(scratch, 4096);
-  workspace_ = Memory(workspace + 64);
-  scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64);
-  attention_scratch_ = Memory(attention + 64);
+  workspace_ = Memory(workspace + 64, Pages::small);
+  scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64, Pages::small);
+  attention_scratch_ = Memory(attention + 64, Pages::small);
   context_.workspace = workspace_.data();
   context_.attention_scratch = attention_scratch_.data();
   context_.scratch.clear();
@@ -65,50 +65,32 @@ size_t Program::block_bytes() const {
   return total;
 }
 
+// A block holds every layer's part, one after another: a short context touches little memory, and a block is copied
+// in one piece.
 void Program::allocate_cache(int64_t blocks) {
-  cache_ = Memory(block_bytes() * static_cast<size_t>(blocks));
+  const size_t stride = block_bytes();
+  cache_ = Memory(stride * static_cast<size_t>(blocks));
   blocks_ = blocks;
   uint8_t* base = cache_.data();
   for (const LayerSlot& slot : layers_) {
-    for (LayerCache* user : slot.users) {
-      user->base = base;
-      user->block_stride = slot.bytes;
-    }
-    base += slot.bytes * static_cast<size_t>(blocks);
+    for (LayerCache* user : slot.users) user->base = base, user->block_stride = stride;
+    base += slot.bytes;
   }
 }
 
-void Program::check_block(int64_t block) const {
+uint8_t* Program::block_at(int64_t block) const {
   if (block < 0 || block >= blocks_) throw std::out_of_range("no such cache block");
+  return cache_.data() + block_bytes() * static_cast<size_t>(block);
 }
 
-void Program::copy_block(int64_t from, int64_t to) {
-  check_block(from), check_block(to);
-  uint8_t* base = cache_.data();
-  for (const LayerSlot& slot : layers_) {
-    std::memcpy(base + slot.bytes * static_cast<size_t>(to), base + slot.bytes * static_cast<size_t>(from), slot.bytes);
-    base += slot.bytes * static_cast<size_t>(blocks_);
-  }
-}
+void Program::copy_block(int64_t from, int64_t to) { std::memcpy(block_at(to), block_at(from), block_bytes()); }
 
 void Program::read_block(int64_t block, uint8_t* content) const {
-  check_block(block);
-  const uint8_t* base = cache_.data();
-  for (const LayerSlot& slot : layers_) {
-    std::memcpy(content, base + slot.bytes * static_cast<size_t>(block), slot.bytes);
-    content += slot.bytes;
-    base += slot.bytes * static_cast<size_t>(blocks_);
-  }
+  std::memcpy(content, block_at(block), block_bytes());
 }
 
 void Program::write_block(int64_t block, const uint8_t* content) {
-  check_block(block);
-  uint8_t* base = cache_.data();
-  for (const LayerSlot& slot : layers_) {
-    std::memcpy(base + slot.bytes * static_cast<size_t>(block), content, slot.bytes);
-    content += slot.bytes;
-    base += slot.bytes * static_cast<size_t>(blocks_);
-  }
+  std::memcpy(block_at(block), content, block_bytes());
 }
 
 void Program::run(const StepView& step) {

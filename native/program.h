@@ -100,7 +100,7 @@ class Program {
 
  private:
   void replay(int thread);
-  void check_block(int64_t block) const;
+  uint8_t* block_at(int64_t block) const;  // throws std::out_of_range
 
   std::shared_ptr<Pool> pool_;
   Limits limits_;
