@@ -21,19 +21,46 @@ from miaotui.cli.options import MODEL, as_flags, engine_options, split_names, ta
     "[default: all]",
 )
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds after the warm-up.")
+@click.option(
+    "--dummy-weights",
+    is_flag=True,
+    help="MODEL is a config.json, or a folder with one: random weights of its shapes are measured.",
+)
+@click.option(
+    "--quantization",
+    metavar="KIND",
+    help="Of dummy weights: q4_0, q4_1, q8_0, q4_k, …, w4g32-sym, w4g32-asym, w8-channel, bf16, fp16, fp32.  "
+    "[default: q4_0]",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Of dummy weights: the first layers only.")
 @engine_options
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(model: str, regimes: str | None, repeat: int, as_json: bool, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
+def command(
+    model: str,
+    regimes: str | None,
+    repeat: int,
+    dummy_weights: bool,
+    quantization: str | None,
+    layers: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure how fast MODEL runs here.
 
     Each figure comes with its 95% interval and beside the ceiling that this machine's measured bandwidth and peak set.
     """
+    if not dummy_weights and (quantization or layers):
+        raise click.UsageError("--quantization and --layers are of --dummy-weights: MODEL's own run as they are.")
     names = split_names(regimes, "--regimes")
     engine = take_engine(options)
     from miaotui.cli.probes import native_probes
     from miaotui.measure import speed
 
-    settings = speed.Settings(model, engine, as_flags(engine))
+    if dummy_weights:
+        name = _dummy(model, quantization or "q4_0", layers, [regime.name for regime in speed.select(names)])
+        settings = speed.Settings(name, engine, ["--raw", *as_flags(engine)], "dummy")
+    else:
+        settings = speed.Settings(model, engine, as_flags(engine))
     report = speed.run(settings, native_probes(), names=names, repeat=repeat, tell=teller())
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False, indent=2))
@@ -43,6 +70,18 @@ def command(model: str, regimes: str | None, repeat: int, as_json: bool, **optio
     from miaotui.measure.report import table
 
     Console(width=None if sys.stdout.isatty() else 120).print(table(report))
+
+
+def _dummy(config: str, kind: str, layers: int | None, regimes: list[str]) -> str:
+    """The name of the dummy model, refused here when this machine cannot hold it as often as the regimes need."""
+    from miaotui.hardware.detect import available_memory
+    from miaotui.measure.speed import LOAD_AGAIN
+    from miaotui.model.dummy import dummy_name, open_dummy
+
+    name = dummy_name(config, kind, layers)
+    copies = 2 if any(regime in LOAD_AGAIN for regime in regimes) else 1
+    open_dummy(name).check_memory(available_memory(), copies)
+    return name
 
 
 def teller() -> Callable[[str], None]:

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,15 +39,19 @@ DECODE_TOKENS = 32
 """New tokens of one decode run, each of them a sample."""
 REQUEST = 128
 """Tokens in and tokens out of a throughput request."""
+LOAD_AGAIN = ("start", "load", "peak-memory")
+"""Regimes that hold the model a second time while the first is in memory."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is loaded: `options` are the keyword arguments of LLM, `flags` the same for the command line."""
+    """How the model is loaded: `options` are the keyword arguments of LLM, `flags` the same for `miaotui run`."""
 
     model: str
     options: Mapping[str, Any]
     flags: Sequence[str]
+    weights: Literal["own", "dummy"] = "own"
+    """Whether they are the model's own; the report says so."""
 
 
 class Subject:
@@ -155,6 +159,8 @@ def _describe(subject: Subject) -> dict[str, Any]:
     return {
         "name": settings.model,
         "family": cost.spec.family,
+        "layers": len(cost.spec.layers),
+        "weights": settings.weights,
         "options": dict(settings.options),
         "weight_bytes": cost.weight_bytes,
         "cache_bytes_per_token": cost.cache_bytes,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from miaotui.backends.ops import Backend, CacheSpec, CacheType, ComputeType, Executor, StepShape
 from miaotui.checkpoint import Checkpoint, open_checkpoint, resolve
 from miaotui.errors import DependencyError, RequestError, UsageError
+from miaotui.hardware.detect import available_memory
+from miaotui.model import dummy
 from miaotui.model.decoder import forward
 from miaotui.model.families import read_spec
 from miaotui.model.spec import ModelSpec
@@ -70,8 +72,7 @@ def load(
 
     Raises UsageError, ModelNotFoundError, CheckpointError, UnsupportedModelError, DependencyError, ResourceError.
     """
-    checkpoint = open_checkpoint(resolve(model))
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    checkpoint, tokenizer = _open(model)
     spec, executor = build(
         checkpoint,
         device=device,
@@ -82,8 +83,19 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
         max_logits_rows=max_logits_rows,
         threads=threads,
+        keep_packed=not dummy.is_dummy(model),
     )
     return LoadedModel(spec, tokenizer, executor, checkpoint)
+
+
+def _open(model: str) -> tuple[Checkpoint, Tokenizer]:
+    """A model's files and tokenizer; of a `dummy:…` name, which needs the memory to be there, what stands for them."""
+    if dummy.is_dummy(model):
+        made = dummy.open_dummy(model)
+        made.check_memory(available_memory())
+        return made, made.tokenizer()
+    checkpoint = open_checkpoint(resolve(model))
+    return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 
 def build(
