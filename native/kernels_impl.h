@@ -297,7 +297,7 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
 
 constexpr int kRowChunk = 48;            // rows whose results wait for the epilogue at once; a multiple of every tile
 constexpr int kFirstLevel = 28 << 10;    // bytes of activations that stay beside a panel in the first-level cache
-constexpr int kSecondLevel = 256 << 10;  // bytes of panels that stay in the second-level cache
+constexpr int kSecondLevel = 384 << 10;  // bytes of panels that stay in the second-level cache
 
 // Panels in blocks that the second-level cache holds, rows in chunks that the first holds: weights come from memory
 // once, and what a tile reads is near.
@@ -306,7 +306,8 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
   const int fitting = kFirstLevel / static_cast<int>(QuantRows::bytes(w.k_pad)) / kMaxTile * kMaxTile;
   const int chunk = fitting < kMaxTile ? kMaxTile : fitting > kRowChunk ? kRowChunk : fitting;
   const size_t bytes = (w.panel_bytes + w.panel_scale_bytes) * (args.up ? 2 : 1);
-  const int block = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
+  const int most = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
+  const int blocks = (last - first + most - 1) / most, block = blocks ? (last - first + blocks - 1) / blocks : 1;
   for (int begin = first; begin < last; begin += block) {
     const int end = begin + block < last ? begin + block : last;
     for (int row = 0; row < args.rows; row += chunk) {

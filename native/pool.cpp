@@ -33,7 +33,13 @@ void bind_to(int cpu) {
 
 // Longer than the host's work between two steps, so that decoding never pays for waking a thread.
 constexpr auto kSpin = std::chrono::microseconds(300);
-constexpr int kSpinsBeforeYield = 4000;
+// A few microseconds, the unevenness of shares; a thread that waits longer may be keeping its partner off the core.
+constexpr int kSpinsBeforeYield = 128;
+
+inline void wait_a_little(int round) {
+  if (round < kSpinsBeforeYield) relax();
+  else std::this_thread::yield();
+}
 
 }  // namespace
 
@@ -60,7 +66,7 @@ bool Pool::wait_for_work(uint64_t seen) {
   const auto deadline = std::chrono::steady_clock::now() + kSpin;
   for (int i = 0;; ++i) {
     if (epoch_.load(std::memory_order_acquire) != seen) return !stop_.load();
-    relax();
+    wait_a_little(i);
     if (i % 64 == 63 && std::chrono::steady_clock::now() > deadline) break;
   }
   std::unique_lock<std::mutex> lock(mutex_);
