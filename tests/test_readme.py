@@ -44,6 +44,7 @@ def test_python(code: str, environment: dict[str, str], demo_gguf: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert "leak" not in done.stderr  # of native objects, when Python ends
 
 
 def test_both_languages_give_the_same_commands_and_code() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -28,7 +31,8 @@ MAX_NUM_BATCHED_TOKENS = 512
 
 
 class LLM:
-    """A loaded model with its engine. Close it, or use it in a `with`, to give its memory and threads back.
+    """A loaded model with its engine. Close it, or use it in a `with`, to give its memory and threads back at once;
+    otherwise that happens when it is dropped, or when the process ends.
 
     Not thread-safe: one thread asks. Several streams may be read in turn.
     """
@@ -108,6 +112,9 @@ class LLM:
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._dropped: list[str] = []
         """Requests whose streams nobody holds any more; cancelled before the next step."""
+        self._stepping = threading.RLock()
+        self._closed = False
+        self._end = weakref.finalize(self, _end, self.engine, self._stepping, os.getpid())
 
     # -- asking ------------------------------------------------------------------------------------------
     def generate(
@@ -174,8 +181,11 @@ class LLM:
 
     # -- its end -----------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Free the model. The LLM cannot be used afterwards."""
-        self.engine.close()
+        """Free the model. The LLM cannot be used afterwards; closing twice is harmless."""
+        with self._stepping:
+            self._closed = True
+            if self._end.detach() is not None:
+                self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -195,16 +205,23 @@ class LLM:
         return ids
 
     def _add(self, prompt: Prompt, params: Params, priority: int, *, stream: bool) -> str:
+        self._check_open()
         request_id = self.engine.add_request(_text_or_ids(prompt), params, priority=priority, stream=stream)
         self._inbox[request_id] = deque()
         return request_id
 
     def _step(self) -> None:
         """One step; every output goes to whoever asked."""
-        while self._dropped:
-            self._forget(self._dropped.pop())
-        for output in self.engine.step():
-            self._inbox[output.request_id].append(output)
+        with self._stepping:
+            self._check_open()
+            while self._dropped:
+                self._forget(self._dropped.pop())
+            for output in self.engine.step():
+                self._inbox[output.request_id].append(output)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"This LLM of {self.model} is closed.", "Make a new one, or close it later.")
 
     def _next_output(self, request_id: str) -> RequestOutput:
         while not self._inbox[request_id]:
@@ -263,6 +280,19 @@ class Stream(Iterator[RequestOutput]):
     def __del__(self) -> None:
         if self._open:  # this may be in the middle of a step, wherever the collector comes by
             self._llm._dropped.append(self._request_id)
+
+
+def _end(engine: Engine, stepping: threading.RLock, owner: int) -> None:
+    """Close an engine that nobody closed: its LLM was dropped, or Python is about to exit.
+
+    Native objects that outlive Python's own end would be reported as leaks, and a thread that comes back from native
+    code after it would take the process down. So a step that another thread is in is waited for, and as the lock is
+    kept, there is no other one. A forked child (`owner` is the process that made the engine) has none of its threads.
+    """
+    if os.getpid() != owner:
+        return
+    stepping.acquire()
+    engine.close()
 
 
 def _listed(prompts: Any) -> list[Prompt]:
