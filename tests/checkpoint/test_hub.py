@@ -54,7 +54,7 @@ class Answers(BaseHTTPRequestHandler):
             ]
             return self.answer(200, json.dumps(rows).encode())
         if path.startswith("/api/models/tiny/model"):
-            siblings = [{"rfilename": name} for name in names]
+            siblings = [{"rfilename": n, "size": (self.server.folder / n).stat().st_size} for n in names]
             return self.answer(200, json.dumps({"id": "tiny/model", "sha": COMMIT, "siblings": siblings}).encode())
         name = path.rsplit("/", 1)[-1]
         if path.startswith("/tiny/model/resolve/") and name in names:

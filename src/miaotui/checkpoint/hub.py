@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from miaotui.checkpoint.files import read_json
 from miaotui.errors import CheckpointError, ModelNotFoundError, ResourceError
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+CONFIG = "config.json"
+OFFLINE, UNREACHABLE = "HF_HUB_OFFLINE is set", "the hub cannot be reached"
 
 _TEXT = re.compile(r"(?!.*adapter)([\w.-]+\.(json|jinja|model|txt)|chat_template[\w.-]*)")
 _WEIGHTS = re.compile(r"model[\w.-]*\.safetensors|[\w.-]+-\d{5}-of-\d{5}\.safetensors")
@@ -24,21 +31,67 @@ def download(repo: str, revision: str | None = None, file: str | None = None) ->
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(repo, revision, file, "HF_HUB_OFFLINE is set")
-    names = _guard(repo, revision, file, lambda: _list(repo, revision))
-    if isinstance(names, Path):
-        return names
-    wanted = choose(repo, names, file)
+        return _from_cache(repo, revision, file, OFFLINE)
+    cache = partial(_from_cache, repo, revision, file, UNREACHABLE)
+    sizes = _guard(repo, revision, lambda: _list(repo, revision), cache)
+    if isinstance(sizes, Path):
+        return sizes
+    wanted = choose(repo, list(sizes), file)
     print(f"Fetching {repo} from the hub ({len(wanted)} files)", file=sys.stderr, flush=True)
-    folder = _guard(repo, revision, file, lambda: _fetch(repo, revision, wanted))
-    return folder / wanted[0] if wanted[0].endswith(".gguf") else folder
+    folder = _guard(repo, revision, lambda: _fetch(repo, revision, wanted), cache)
+    return folder / wanted[0] if wanted[0].endswith(".gguf") and folder.is_dir() else folder
 
 
-def _list(repo: str, revision: str | None) -> list[str]:
+@dataclass(frozen=True)
+class Listing:
+    """What can be told of a hub model before it is fetched. `nbytes` of weights is None when the hub did not say."""
+
+    name: str
+    format: str
+    config: Mapping[str, Any]
+    nbytes: int | None
+
+
+def glance(repo: str, revision: str | None = None, file: str | None = None) -> Listing:
+    """The configuration and size of a hub model; of its files only config.json is fetched.
+
+    Raises ModelNotFoundError, also when the hub is out of reach and the cache has no config.json.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached_listing(repo, revision, OFFLINE)
+    work, cache = partial(_listing, repo, revision, file), partial(_cached_listing, repo, revision, UNREACHABLE)
+    return _guard(repo, revision, work, cache)
+
+
+def _listing(repo: str, revision: str | None, file: str | None) -> Listing:
+    sizes = _list(repo, revision)
+    weights = [name for name in choose(repo, list(sizes), file) if name.endswith((".safetensors", ".gguf"))]
+    if CONFIG not in sizes:
+        raise ModelNotFoundError(
+            f"{repo} has no {CONFIG} to judge it by.", "Fetch it with `miaotui pull`, and ask again."
+        )
+    config = read_json(_fetch(repo, revision, [CONFIG]) / CONFIG)
+    known = [sizes[name] for name in weights]
+    total = sum(size for size in known if size is not None)
+    return Listing(repo, weights[0].rsplit(".", 1)[-1], config, None if None in known else total)
+
+
+def _cached_listing(repo: str, revision: str | None, why: str) -> Listing:
+    folder = _snapshot(repo, revision)
+    if folder is None or not (folder / CONFIG).is_file():
+        _absent(repo, why)
+    return Listing(repo, "safetensors", read_json(folder / CONFIG), None)
+
+
+def _list(repo: str, revision: str | None) -> dict[str, int | None]:
+    """The files of a repository with their sizes, where the hub tells them."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(repo, revision=revision, timeout=20)  # unlike list_repo_files, it is not retried
-    return [sibling.rfilename for sibling in info.siblings or []]
+    # unlike list_repo_files, this is not retried
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=20)
+    return {sibling.rfilename: sibling.size for sibling in info.siblings or []}
 
 
 def _fetch(repo: str, revision: str | None, wanted: list[str]) -> Path:
@@ -89,8 +142,8 @@ def _one_of(repo: str, ggufs: list[str]) -> str:
     return f"Pass one of them: {listed}." if listed else "It has no GGUF files: pass the repository alone."
 
 
-def _guard(repo: str, revision: str | None, file: str | None, work: Callable[[], T]) -> T | Path:
-    """Run hub work; its errors become ours, and a hub out of reach means the cache."""
+def _guard(repo: str, revision: str | None, work: Callable[[], T], unreachable: Callable[[], R]) -> T | R:
+    """Run hub work; its errors become ours, and `unreachable` answers for a hub that cannot be reached."""
     from huggingface_hub import errors
 
     try:
@@ -109,7 +162,7 @@ def _guard(repo: str, revision: str | None, file: str | None, work: Callable[[],
         ) from error
     except Exception as error:
         if _is_network(error):
-            return _from_cache(repo, revision, file, "the hub cannot be reached")
+            return unreachable()
         if isinstance(error, OSError):
             raise ResourceError(f"{repo} could not be stored: {error}.", "Free some disk, or set HF_HOME.") from error
         raise
@@ -125,19 +178,31 @@ def _is_network(error: Exception) -> bool:
 
 
 def _from_cache(repo: str, revision: str | None, file: str | None, why: str) -> Path:
-    """The snapshot of an earlier download, found by the cache's documented layout (refs name snapshots)."""
+    """The snapshot of an earlier download."""
+    return cached(repo, revision, file) or _absent(repo if file is None else f"{repo}:{file}", why)
+
+
+def cached(repo: str, revision: str | None = None, file: str | None = None) -> Path | None:
+    """A model that was downloaded before: its snapshot folder, or its file; None when its weights are not here."""
+    folder = _snapshot(repo, revision)
+    if folder is None:
+        return None
+    if file is not None:
+        return folder / file if (folder / file).is_file() else None
+    weights = (".safetensors", ".gguf", ".bin")
+    return folder if any(path.suffix in weights for path in folder.iterdir()) else None
+
+
+def _snapshot(repo: str, revision: str | None) -> Path | None:
+    """A revision's folder in the hub's cache, by its documented layout (refs name snapshots)."""
     from huggingface_hub import constants
 
-    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     name = revision or "main"
-    reference = cached / "refs" / name
+    reference = home / "refs" / name
     commit = reference.read_text().strip() if reference.is_file() else name
-    folder = cached / "snapshots" / commit
-    if not folder.is_dir():
-        _absent(repo, why)
-    if file is None:
-        return folder
-    return folder / file if (folder / file).is_file() else _absent(f"{repo}:{file}", why)
+    folder = home / "snapshots" / commit
+    return folder if folder.is_dir() else None
 
 
 def _absent(what: str, why: str) -> NoReturn:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.gguf import MAGIC, GGUFCheckpoint, split_paths
-from miaotui.errors import CheckpointError, ModelNotFoundError
+from miaotui.errors import CheckpointError, MiaotuiError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from miaotui.checkpoint.hub import Listing
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -26,19 +30,48 @@ def resolve(model: str) -> Path:
         from miaotui.checkpoint import demo
 
         return demo.locate()
+    here = _here(model)
+    if here is not None:
+        return here
+    from miaotui.checkpoint import hub
+
+    return hub.download(*_hub_name(model))
+
+
+def look(model: str) -> Checkpoint | Listing:
+    """A model that is here, opened; of one that is only on the hub, what can be told without fetching its weights.
+
+    `demo` is fetched. Raises what `resolve` and `open_checkpoint` do.
+    """
+    here = resolve(model) if model == "demo" else _here(model)
+    if here is not None:
+        return open_checkpoint(here)
+    from miaotui.checkpoint import hub
+
+    name = _hub_name(model)
+    cached = hub.cached(*name)
+    if cached is not None:
+        with contextlib.suppress(MiaotuiError):  # such as a download that was stopped
+            return open_checkpoint(cached)
+    return hub.glance(*name)
+
+
+def _here(model: str) -> Path | None:
+    """The folder or file of that name, None when there is none."""
     try:
         path = Path(model).expanduser()
         exists = bool(model) and path.exists()
     except (OSError, ValueError, RuntimeError):
-        exists = False
-    if exists:
-        return _found(path)
+        return None
+    return _found(path) if exists else None
+
+
+def _hub_name(model: str) -> tuple[str, str | None, str | None]:
+    """Repository, revision and file."""
     match = _HUB.fullmatch(model)
     if match is None or (model.endswith(".gguf") and match["file"] is None):
         raise ModelNotFoundError(f"There is no model at {model[:200]!r}.", _WHAT_IT_MAY_BE)
-    from miaotui.checkpoint import hub
-
-    return hub.download(match["repo"], match["revision"], match["file"])
+    return match["repo"], match["revision"], match["file"]
 
 
 _WHAT_IT_MAY_BE = "MODEL is a folder, a .gguf file, a hub name such as org/name, or demo."

@@ -17,6 +17,11 @@ from miaotui.hardware.cgroups import read_text
 if TYPE_CHECKING:
     from miaotui.hardware.ceilings import Ceilings, Probes
     from miaotui.hardware.detect import Machine
+    from miaotui.model.spec import ModelSpec
+
+
+QUIET = 0.2
+"""Cores' worth of other work below which a measurement is worth keeping."""
 
 
 @click.command("doctor")
@@ -27,8 +32,8 @@ if TYPE_CHECKING:
 def command(context: click.Context, model: str | None, measure: bool, as_json: bool) -> None:
     """Look at this machine: cores, memory, measured bandwidth and peak, GPUs, and what is missing.
 
-    With MODEL (fetched if it is not here): will it fit, and how many tokens a second are possible at the most. The
-    exit status is 1 when it does not fit.
+    With MODEL: will it fit, and how many tokens a second are possible at the most. Of a hub model that is not here
+    only config.json is fetched. The exit status is 1 when it does not fit.
     """
     machine = detect.detect()
     probes, complaint = _probes()
@@ -58,32 +63,53 @@ def _probes() -> tuple[Probes | None, str | None]:
 
 
 def _limits(machine: Machine, probes: Probes, *, anew: bool) -> Ceilings:
-    """The machine's ceilings, from earlier unless `anew`; measuring takes some three seconds."""
+    """The machine's ceilings, from earlier unless `anew`; measuring takes some three seconds.
+
+    What was measured while other processes were busy is shown this once, and not remembered.
+    """
     from miaotui.checkpoint.demo import cache_folder
 
     found = None if anew else ceilings.recall(machine.fingerprint(), cache_folder())
     if found is None:
         click.echo("measuring bandwidth and peak …", err=True)
         working_set = ceilings.main_memory_set(machine.caches, detect.available_memory())
+        watch = sensors.Watch()
         found = ceilings.measure(probes, machine.usable_cores, working_set)
-        ceilings.remember(machine.fingerprint(), found, cache_folder())
+        if watch.read().others < QUIET:
+            ceilings.remember(machine.fingerprint(), found, cache_folder())
     return found
 
 
 def _examine(model: str, probes: Probes | None, threads: int) -> dict[str, Any]:
     """What MODEL needs and could do. Its ceilings are measured over a working set of its own size."""
-    from miaotui.checkpoint import open_checkpoint, resolve
     from miaotui.measure.fit import ceilings_of, fit
-    from miaotui.model.families import read_spec
 
-    checkpoint = open_checkpoint(resolve(model))
-    spec, _ = read_spec(checkpoint)
-    found = fit(spec, checkpoint.nbytes, detect.available_memory())
+    spec, size, about = _look(model)
+    available = detect.available_memory()
+    found = fit(spec, size, available)
     possible = {}
     if probes is not None:
-        possible = ceilings_of(spec, found, ceilings.measure(probes, threads, found.step_bytes))
-    about = {"name": model, "path": str(checkpoint.path), "format": checkpoint.format, "family": spec.family}
-    return {**about, **asdict(found), "fits": found.fits, "ceilings": possible}
+        limits = ceilings.measure(probes, threads, ceilings.within(found.step_bytes, available))
+        possible = ceilings_of(spec, found, limits)
+    return {"name": model, **about, **asdict(found), "fits": found.fits, "ceilings": possible}
+
+
+def _look(model: str) -> tuple[ModelSpec, int, dict[str, Any]]:
+    """MODEL's spec, the bytes of its weights, and where both were taken from; a hub model's weights are not fetched."""
+    from miaotui.checkpoint import look
+    from miaotui.checkpoint.hub import Listing
+    from miaotui.measure.fit import weight_bytes_of
+    from miaotui.model.families import read_spec, spec_of_config
+
+    found = look(model)
+    if not isinstance(found, Listing):
+        spec, _ = read_spec(found)
+        about = {"path": str(found.path), "format": found.format, "family": spec.family, "size_from": "files"}
+        return spec, found.nbytes, about
+    spec = spec_of_config(found.config)
+    told = "hub" if found.nbytes is not None else "estimate"
+    size = found.nbytes if found.nbytes is not None else weight_bytes_of(spec, found.config)
+    return spec, size, {"path": None, "format": found.format, "family": spec.family, "size_from": told}
 
 
 def _missing(machine: Machine, native_complaint: str | None) -> Iterator[dict[str, str]]:
@@ -157,7 +183,8 @@ def _machine_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _model_rows(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    size = f"{model['parameters'] / 1e6:,.0f} M parameters, {_size(model['weight_bytes'])}"
+    told = {"files": "", "hub": " to be fetched", "estimate": " by an estimate"}[model["size_from"]]
+    size = f"{model['parameters'] / 1e6:,.0f} M parameters, {_size(model['weight_bytes'])}{told}"
     yield "model", f"{model['name']}: {model['family']}, {model['format']}, {size}"
     kept = f"{model['cache_bytes_per_token'] / 1024:.1f} KiB of cache a token"
     if model["fits"]:

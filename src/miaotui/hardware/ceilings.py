@@ -59,6 +59,11 @@ def main_memory_set(caches: dict[str, int], available: int) -> int:
     return max(1 << 20, min(max(8 * last, 256 << 20), available // 4))
 
 
+def within(working_set: int, available: int) -> int:
+    """A working set in bytes that may be allocated beside everything else: a quarter of free memory at the most."""
+    return max(1 << 20, min(working_set, available // 4))
+
+
 def recall(fingerprint: str, folder: Path) -> Ceilings | None:
     """The ceilings written for this fingerprint, or None. For display only: a benchmark measures anew."""
     try:

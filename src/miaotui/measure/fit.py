@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from miaotui.backends.ops import BLOCK_SIZE
 from miaotui.hardware.ceilings import Ceilings
@@ -59,3 +61,27 @@ def ceilings_of(spec: ModelSpec, found: Fit, limits: Ceilings) -> dict[str, floa
         f"decode-1@{long}": 1 / cost.seconds(cost.step([long]), limits),
         "prefill-512": 512 / cost.seconds(cost.step([512], new_tokens=512), limits),
     }
+
+
+def weight_bytes_of(spec: ModelSpec, config: Mapping[str, Any]) -> int:
+    """About how large the weights of a config.json are, by its number type and quantisation: an estimate, to 10%."""
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    dense = parameters(spec) * (4 if dtype == "float32" else 2)
+    bits = _bits(config.get("quantization_config"))
+    if bits is None:
+        return dense
+    tables = spec.vocab_size * spec.hidden_size * (1 if spec.tied_head else 2)
+    return int((parameters(spec) - tables) * (bits + 0.25) / 8) + 2 * tables  # a scale of 16 bits for some 64 codes
+
+
+def _bits(quantization: Any) -> int | None:
+    """Bits of a code by a `quantization_config` of GPTQ, AWQ or compressed-tensors; None without one."""
+    if not isinstance(quantization, Mapping):
+        return None
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and isinstance(weights.get("num_bits"), int):
+            return int(weights["num_bits"])
+    bits = quantization.get("bits")
+    return bits if isinstance(bits, int) else None

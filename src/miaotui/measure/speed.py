@@ -117,7 +117,8 @@ def run(
     subject = Subject(settings)
     try:
         tell("measuring this machine's ceilings")
-        limits = ceilings.measure(probes, _threads(settings), subject.cost.weight_bytes)
+        working_set = ceilings.within(subject.cost.weight_bytes, detect.available_memory())
+        limits = ceilings.measure(probes, _threads(settings), working_set)
         samples: dict[str, list[float]] = {regime.name: [] for regime in chosen}
         for round_number in range(repeat + 1):
             for regime in chosen:

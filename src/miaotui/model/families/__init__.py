@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.model.families import gguf, hf
 from miaotui.model.families.spec import Described, make_spec
@@ -15,7 +18,7 @@ from miaotui.model.families.table import FAMILIES, Family
 from miaotui.model.names import Names
 from miaotui.model.spec import ModelSpec
 
-__all__ = ["FAMILIES", "Described", "Family", "describe", "read_spec"]
+__all__ = ["FAMILIES", "Described", "Family", "describe", "read_spec", "spec_of_config"]
 
 
 def describe(checkpoint: Checkpoint) -> Described:
@@ -25,6 +28,11 @@ def describe(checkpoint: Checkpoint) -> Described:
     configuration that is incomplete or impossible.
     """
     return gguf.describe(checkpoint) if checkpoint.format == "gguf" else hf.describe(checkpoint.config)
+
+
+def spec_of_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec that a config.json alone describes, for its own context. Raises what `describe` does."""
+    return make_spec(hf.describe(config), None)
 
 
 def read_spec(checkpoint: Checkpoint, max_model_len: int | None = None) -> tuple[ModelSpec, Names]:
