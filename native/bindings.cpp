@@ -100,24 +100,31 @@ std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Array2<uint8_t> codes, 
       pack_grouped(pool, codes.data(), scale.data(), minimum ? minimum->data() : nullptr, bits, group, type, n, k));
 }
 
-// (code, scale type, minima, zero shift, rows, width, padded width, fold, folds a group, groups): with the panels'
+// (code, scale type, minima, rows, width, padded width, fold, folds a group, groups): with the panels'
 // bytes all that there is to a weight.
-using Form = std::tuple<int, int, bool, int, int, int, int, int, int, int>;
+using Form = std::tuple<int, int, bool, int, int, int, int, int, int>;
 
 Form form_of(const PackedWeight& packed) {
   const Weight& w = packed.view;
-  return {static_cast<int>(w.code), static_cast<int>(w.scale_type), w.has_min, w.zero_shift, w.n, w.k, w.k_pad, w.fold,
-          w.folds_per_group, w.groups};
+  return {static_cast<int>(w.code),
+          static_cast<int>(w.scale_type),
+          w.has_min,
+          w.n,
+          w.k,
+          w.k_pad,
+          w.fold,
+          w.folds_per_group,
+          w.groups};
 }
 
 std::shared_ptr<PackedWeight> mapped_weight(const Form& form, nb::object array) {
   const auto bytes = nb::cast<Array1<uint8_t>>(array);
   Weight w;
   int code, scale_type;
-  std::tie(code, scale_type, w.has_min, w.zero_shift, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups) = form;
+  std::tie(code, scale_type, w.has_min, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups) = form;
   const bool sound = code >= 0 && code <= static_cast<int>(Code::INT8) && scale_type >= 0 && scale_type <= 2 &&
-                     w.zero_shift >= 0 && w.zero_shift < 8 && w.n > 0 && w.k > 0 && w.k_pad >= w.k &&
-                     w.k_pad % 32 == 0 && (w.fold == 16 || w.fold == 32) && w.folds_per_group > 0 && w.groups >= 0;
+                     w.n > 0 && w.k > 0 && w.k_pad >= w.k && w.k_pad % 32 == 0 && (w.fold == 16 || w.fold == 32) &&
+                     w.folds_per_group > 0 && w.groups >= 0;
   if (!sound) throw std::invalid_argument("no such packed weight");
   w.code = static_cast<Code>(code), w.scale_type = static_cast<ScaleType>(scale_type);
   if (w.integer() && static_cast<int64_t>(w.groups) * w.fold * w.folds_per_group < w.k)

@@ -20,14 +20,14 @@ enum class Act : uint8_t { None, Silu, Gelu, GeluTanh, Relu2 };
 //   INT8       [k_pad / 4][16][4] codes
 //   INT4       [k_pad / 8][16][4] bytes; low nibbles are k..k+3, high nibbles k+4..k+7
 // and, for the integer kinds, scales (and minima) [groups][16].
-//   value = scale * (code - zero)            when there are no minima
+//   value = scale * (code - zero)            when there are no minima; zero is 8 for INT4 and 128 for INT8, fewer bits
+//                                            being shifted up to it when they are packed
 //   value = scale * code + minimum           when there are
 // k_pad is k rounded up to 32; codes of the padding meet activations that are zero.
 struct Weight {
   Code code = Code::F32;
   ScaleType scale_type = ScaleType::F16;
   bool has_min = false;
-  int zero_shift = 0;  // zero = 1 << zero_shift when there are no minima
   int n = 0, k = 0, k_pad = 0, panels = 0;
   int fold = 32;  // elements between two foldings of the integer sum into float: 16 or 32
   int folds_per_group = 1;
@@ -39,6 +39,7 @@ struct Weight {
   size_t panel_scale_bytes = 0;  // of scales, and of mins
 
   bool integer() const { return code == Code::INT4 || code == Code::INT8; }
+  int zero() const { return has_min ? 0 : code == Code::INT4 ? 8 : 128; }
 };
 
 // Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127].
@@ -48,7 +49,7 @@ struct Weight {
 struct QuantRows {
   int8_t* q = nullptr;         // [groups][M][32]
   float* scale = nullptr;      // [groups][M]
-  int32_t* minus32 = nullptr;  // [groups][M]: -sum of q over 32
+  int32_t* minus32 = nullptr;  // [groups][M]: -8 * sum of q over 32
   float* total32 = nullptr;    // [groups][M]: scale * sum
   int32_t* minus16 = nullptr;  // [2 * groups][M]: the same over 16
   float* total16 = nullptr;

@@ -64,6 +64,11 @@ MIAOTUI_INLINE F16x act_lanes(F16x x, Act act) {
 
 // ---- integer tiles ---------------------------------------------------------------------------------------------
 
+// With few rows a tile waits for memory; it asks for what lies this far ahead in the thread's stream of panels, which
+// the hardware's prefetcher, stopping at every page, does not.
+constexpr int kStreaming = 4;
+constexpr size_t kCodesAhead = 8192;
+
 struct IntTile {  // one panel against M rows
   const uint8_t* codes;
   const uint8_t* scales;
@@ -90,7 +95,8 @@ MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t*
   }
 }
 
-// The sum over (code - zero) comes out by itself when the accumulator starts at -zero * sum(a).
+// The sum over (code - zero) comes out by itself when the accumulator starts at -zero * sum(a): the rows keep -8 times
+// their sums, for the zero of INT4; that of INT8 is 16 times as large.
 template <Code CODE, bool MIN, int FOLD, int M>
 __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& rows, float* out) {
   const Weight& w = *tile.weight;
@@ -101,7 +107,6 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   const int8_t* a = rows.q;
   const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
-  const int zero_point = 1 << w.zero_shift;
   const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins;
   F16x acc[M];
 #pragma GCC unroll 16
@@ -110,8 +115,17 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   for (int f = 0; f < folds; ++f) {
     I16x sum[M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) sum[m] = isplat(MIN ? 0 : minus[m] * zero_point);
+    for (int m = 0; m < M; ++m) {
+      sum[m] = MIN ? isplat(0) : isplat_at(minus + m);
+      if constexpr (!MIN && CODE == Code::INT8) sum[m] = shift_left<4>(sum[m]);
+    }
     dot_fold<CODE, FOLD, M>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
+    if constexpr (M <= kStreaming) {
+#pragma GCC unroll 8
+      for (size_t i = 0; i < code_step; i += 64) prefetch(codes + kCodesAhead + i);
+      prefetch(scales + kCodesAhead / 8);
+      if constexpr (MIN) prefetch(mins + kCodesAhead / 8);
+    }
     const F16x scale = load_scale(scales, type);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[m]), mul(scale, splat(a_scale[m])), acc[m]);
@@ -243,7 +257,7 @@ inline void dequantise_panel(const Weight& w, int panel, float* out) {
   const uint8_t* scales = w.scales + panel * w.panel_scale_bytes;
   const uint8_t* mins = w.mins + panel * w.panel_scale_bytes;
   const int line = scale_line(w.scale_type), step = w.code == Code::INT4 ? 8 : 4, size = w.fold * w.folds_per_group;
-  const F16x shift = splat(w.has_min ? 0.0f : static_cast<float>(1 << w.zero_shift));
+  const F16x shift = splat(static_cast<float>(w.zero()));
   for (int k = 0; k < w.k_pad; k += step, codes += 64) {
     const int group = k / size;
     const F16x scale = load_scale(scales + group * line, w.scale_type);
@@ -422,10 +436,10 @@ inline void quantise(const float* x, int k, const QuantRows& to, int row) {
     store_int8(tile.q + at * 32 + 16, to_int(qb));
     const float scale = most / 127.0f, sa = reduce_add(qa), sb = reduce_add(qb);
     tile.scale[at] = scale;
-    tile.minus32[at] = -static_cast<int32_t>(sa + sb);
+    tile.minus32[at] = -8 * static_cast<int32_t>(sa + sb);
     tile.total32[at] = scale * (sa + sb);
-    tile.minus16[at16] = -static_cast<int32_t>(sa);
-    tile.minus16[at16 + m] = -static_cast<int32_t>(sb);
+    tile.minus16[at16] = -8 * static_cast<int32_t>(sa);
+    tile.minus16[at16 + m] = -8 * static_cast<int32_t>(sb);
     tile.total16[at16] = scale * sa;
     tile.total16[at16 + m] = scale * sb;
   }
@@ -471,7 +485,7 @@ inline float one_integer(const Weight& w, int panel, int lane, int k) {
   const size_t line = panel * w.panel_scale_bytes + k / (w.fold * w.folds_per_group) * scale_line(w.scale_type);
   const float scale = one_scale(w.scales + line, w.scale_type, lane);
   if (w.has_min) return scale * static_cast<float>(code) + one_scale(w.mins + line, w.scale_type, lane);
-  return scale * static_cast<float>(code - (1 << w.zero_shift));
+  return scale * static_cast<float>(code - w.zero());
 }
 
 inline void dequantise_row(const Weight& w, int row, float factor, float* out) {

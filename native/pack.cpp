@@ -166,7 +166,6 @@ PackedWeight pack_gguf(Pool& pool, const uint8_t* rows, const std::string& kind,
   if (k % 32 != 0) throw std::invalid_argument("GGUF rows hold whole blocks of 32");
   w.code = eight ? Code::INT8 : Code::INT4;
   w.has_min = with_min;
-  w.zero_shift = eight ? 7 : 3;
   w.n = n, w.k = k, w.k_pad = k, w.groups = k / 32;
   lay_out(packed);
   const size_t block_bytes = eight ? 34 : with_min ? 20 : 18, head = with_min ? 4 : 2;
@@ -196,21 +195,22 @@ PackedWeight pack_grouped(Pool& pool, const uint8_t* codes, const float* scale, 
   w.code = bits <= 4 ? Code::INT4 : Code::INT8;
   w.scale_type = scale_type;
   w.has_min = minimum != nullptr;
-  w.zero_shift = bits - 1;
   w.n = n, w.k = k, w.k_pad = static_cast<int>(round_up(static_cast<size_t>(k), 32)), w.groups = groups;
   w.fold = groups > 1 && group % 32 != 0 ? 16 : 32;
   w.folds_per_group = groups == 1 ? w.k_pad / w.fold : group / w.fold;
   lay_out(packed);
+  const int shift = w.has_min ? 0 : w.zero() - (1 << (bits - 1));
   for_panels(pool, w.panels, [&](int p) {
     uint8_t* out = mutable_bytes(w.codes) + p * w.panel_bytes;
     for (int lane = 0; lane < kRowsPerPanel && p * kRowsPerPanel + lane < n; ++lane) {
       const size_t row = static_cast<size_t>(p * kRowsPerPanel + lane);
       const uint8_t* from = codes + row * k;
       for (int i = 0; i < k; ++i) {
+        const int code = from[i] + shift;
         if (w.code == Code::INT8)
-          out[(i / 4 * 16 + lane) * 4 + i % 4] = from[i];
+          out[(i / 4 * 16 + lane) * 4 + i % 4] = static_cast<uint8_t>(code);
         else
-          out[(i / 8 * 16 + lane) * 4 + i % 4] |= static_cast<uint8_t>(i % 8 < 4 ? from[i] : from[i] << 4);
+          out[(i / 8 * 16 + lane) * 4 + i % 4] |= static_cast<uint8_t>(i % 8 < 4 ? code : code << 4);
       }
       for (int g = 0; g < groups; ++g) {
         const size_t line = p * w.panel_scale_bytes + g * kRowsPerPanel * scale_bytes(scale_type);

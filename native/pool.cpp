@@ -37,8 +37,10 @@ constexpr auto kSpin = std::chrono::microseconds(300);
 constexpr int kSpinsBeforeYield = 128;
 
 inline void wait_a_little(int round) {
-  if (round < kSpinsBeforeYield) relax();
-  else std::this_thread::yield();
+  if (round < kSpinsBeforeYield)
+    relax();
+  else
+    std::this_thread::yield();
 }
 
 }  // namespace

@@ -46,6 +46,13 @@ void Program::finish() {
   workspace_ = Memory(workspace + 64, Pages::small);
   scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64, Pages::small);
   attention_scratch_ = Memory(attention + 64, Pages::small);
+  next_linear_.assign(ops_.size(), nullptr);
+  const Op* next = nullptr;
+  for (size_t i = ops_.size(); i-- > 0;) {
+    if (!ops_[i]->streams_weights()) continue;
+    next_linear_[i] = next;
+    next = ops_[i].get();
+  }
   context_.workspace = workspace_.data();
   context_.attention_scratch = attention_scratch_.data();
   context_.scratch.clear();
@@ -118,6 +125,7 @@ void Program::replay(int thread) {
     const int phases = op.phases(context_);
     for (int phase = 0; phase < phases; ++phase) {
       op.run(context_, phase, thread);
+      if (phase + 1 == phases && next_linear_[i]) next_linear_[i]->prefetch(context_, thread);
       if (phase + 1 < phases || op.barrier) pool_->barrier();
     }
     if (timed) {

@@ -39,9 +39,13 @@ class Op {
   // Phases of this step, with a barrier between them. The same answer on every thread.
   virtual int phases(const Context&) const { return 1; }
   virtual void run(const Context& context, int phase, int thread) const = 0;
+  // Starts to bring what this op will read first towards the thread that will read it.
+  virtual void prefetch(const Context&, int) const {}
   virtual size_t workspace_bytes(const Limits&) const { return 0; }
   virtual size_t scratch_bytes() const { return 0; }
   virtual size_t attention_bytes(const Limits&, int) const { return 0; }
+
+  virtual bool streams_weights() const { return false; }
 
   std::string name;
   bool barrier = true;  // after the last phase
@@ -106,6 +110,7 @@ class Program {
   Limits limits_;
   Memory arena_, workspace_, scratch_, attention_scratch_;
   std::vector<std::unique_ptr<Op>> ops_;
+  std::vector<const Op*> next_linear_;  // behind op i, if op i is a linear itself
   std::vector<std::shared_ptr<PackedWeight>> weights_;
   struct LayerSlot {
     std::vector<LayerCache*> users;

@@ -10,6 +10,9 @@ namespace miaotui {
 // Up to this many rows every thread prepares (norms, quantises) them for itself, which is cheaper than a barrier.
 constexpr int kPreparedByEach = 4;
 
+// Bytes of a linear's weights that each thread asks for ahead, when few rows make the step wait for memory.
+constexpr size_t kAhead = 32 << 10;
+
 // Input rows in the forms that kernels read: float32 padded to k_pad, quantised, or both.
 struct PreparedRows {
   const float* x = nullptr;
@@ -71,6 +74,8 @@ struct LinearOp : Op {
   LinearOp() : Op("linear") {}
   int phases(const Context& c) const override { return prepares(c) && rows(c) > kPreparedByEach ? 2 : 1; }
   void run(const Context& c, int phase, int thread) const override;
+  void prefetch(const Context& c, int thread) const override;
+  bool streams_weights() const override { return true; }
   size_t workspace_bytes(const Limits& limits) const override;
   size_t scratch_bytes() const override;
 

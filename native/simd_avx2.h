@@ -68,6 +68,7 @@ MIAOTUI_INLINE F16x pow2(I16x n) {
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.b, bias), 23))};
 }
 MIAOTUI_INLINE I16x isplat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+MIAOTUI_INLINE I16x isplat_at(const int32_t* p) { return isplat(*p); }
 MIAOTUI_INLINE I16x iadd(I16x x, I16x y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 template <int N>
 MIAOTUI_INLINE I16x shift_left(I16x x) {

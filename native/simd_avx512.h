@@ -37,6 +37,12 @@ MIAOTUI_INLINE F16x pow2(I16x n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
 }
 MIAOTUI_INLINE I16x isplat(int32_t x) { return _mm512_set1_epi32(x); }
+// By way of the load unit; the compiler would broadcast from a general register.
+MIAOTUI_INLINE I16x isplat_at(const int32_t* p) {
+  I16x r;
+  __asm__("vpbroadcastd %1, %0" : "=v"(r) : "m"(*p));
+  return r;
+}
 MIAOTUI_INLINE I16x iadd(I16x a, I16x b) { return _mm512_add_epi32(a, b); }
 template <int N>
 MIAOTUI_INLINE I16x shift_left(I16x a) {

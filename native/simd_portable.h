@@ -103,6 +103,7 @@ inline I16x isplat(int32_t x) {
   MIAOTUI_LANES r.v[i] = x;
   return r;
 }
+inline I16x isplat_at(const int32_t* p) { return isplat(*p); }
 inline I16x iadd(I16x a, I16x b) {
   MIAOTUI_LANES a.v[i] += b.v[i];
   return a;
