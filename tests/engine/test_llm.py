@@ -54,7 +54,9 @@ def toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """`LLM("toy")` loads the toy, on a machine with little memory."""
 
     def load(model: str, **options: Any) -> ToyLoaded:
-        shape = StepShape(options["max_num_batched_tokens"], options["max_num_seqs"], options["max_num_seqs"], 256)
+        seqs = options["max_num_seqs"]
+        rows = options.get("max_logits_rows") or seqs
+        shape = StepShape(options["max_num_batched_tokens"], seqs, rows, 256)
         tokenizer = toy_tokenizer()
         return ToyLoaded(ToySpec(), tokenizer, ToyExecutor(shape), ToyTemplate(tokenizer), ToyCheckpoint())
 
@@ -205,3 +207,33 @@ def test_a_cache_of_a_given_size() -> None:
         fit_cache(executor(10_000), 10**9, 10_000, 4, 640)
     with pytest.raises(ResourceError, match=r"is to have 2000 MB, but 1000 MB"):
         fit_cache(executor(10_000), 10**9, 10_000, 4, 2 * 10**9)
+
+
+def test_guessing_changes_no_answer(toy_model: None) -> None:
+    prompts = [[i, 5, 6, 5, 6] for i in range(6)]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=30)
+    with LLM("toy", max_num_seqs=4) as llm:
+        wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    for speculative in ("ngram", {"model": "toy", "num_speculative_tokens": 3}, '{"model": "toy"}'):
+        with LLM("toy", max_num_seqs=4, speculative=speculative) as llm:
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == wanted
+            assert llm.engine.executor.shape.max_logits_rows >= 4
+            proposer: Any = llm.engine._speculator._proposer  # type: ignore[union-attr]
+        assert speculative == "ngram" or proposer._executor.closed
+    with pytest.raises(UsageError, match="neither a method nor JSON"):
+        LLM("toy", speculative="medusa")
+
+
+def test_what_fails_while_assembling_is_closed_again(toy_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ToyExecutor] = []
+    load = miaotui.model.build.load
+
+    def noted(*names: Any, **options: Any) -> Any:
+        loaded = load(*names, **options)
+        made.append(loaded.executor)  # type: ignore[arg-type]
+        return loaded
+
+    monkeypatch.setattr(miaotui.model.build, "load", noted)
+    with pytest.raises(ResourceError):
+        LLM("toy", speculative={"model": "toy"}, kv_cache_memory_bytes=1)
+    assert [executor.closed for executor in made] == [True, True]

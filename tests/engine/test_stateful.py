@@ -9,11 +9,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
+from miaotui.backends.ops import StepShape
+from miaotui.engine.draft import DraftProposer
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.request import RequestOutput
-from tests.engine.toys import naive_greedy, toy_engine
+from tests.engine.toys import EagerSpeculator, Scatterbrain, ToyExecutor, eager, naive_greedy, toy_engine
 
 PREFIXES = [[], list(range(16)), list(range(40)), [5] * 33]
+
+
+def speculator(guesses: str | None, blocks: int, seqs: int, budget: int) -> EagerSpeculator | None:
+    if guesses is None:
+        return None
+    shape = StepShape(max_tokens=max(budget, 2), max_seqs=seqs, max_logits_rows=seqs, max_model_len=144)
+    drafts = {"look-up": None, "twin": ToyExecutor(shape), "scatterbrain": Scatterbrain(shape)}
+    return eager(3, drafts[guesses], blocks)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -24,13 +34,16 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(9, 30), seqs=st.integers(1, 5), budget=st.integers(1, 50), prefix=st.booleans(),
         rows=st.integers(0, 3), slots=st.integers(0, 12),
+        guesses=st.sampled_from([None, None, "look-up", "twin", "scatterbrain"]),
     )  # fmt: skip
-    def begin(self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int, slots: int) -> None:
+    def begin(
+        self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int, slots: int, guesses: str | None
+    ) -> None:
         self.folder = TemporaryDirectory()
         file = Path(self.folder.name) / "prefixes" if slots and prefix else None
         self.make = lambda: toy_engine(
             blocks=blocks, seqs=seqs, budget=budget, prefix=prefix, rows=seqs + rows, max_model_len=144,
-            file=file, slots=slots,
+            file=file, slots=slots, speculator=speculator(guesses, blocks, seqs, budget),
         )  # fmt: skip
         self.engine = self.make()
         self.prompts: dict[str, list[int]] = {}
@@ -81,6 +94,9 @@ class EngineMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_integrity()
+            guessing = self.engine._speculator
+            if guessing is not None and isinstance(guessing._proposer, DraftProposer):
+                guessing._proposer.check_integrity()
 
     def check(self, output: RequestOutput) -> None:
         request = output.request_id
@@ -107,6 +123,6 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow],
     derandomize=True, print_blob=False,
 )  # fmt: skip

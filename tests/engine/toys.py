@@ -6,7 +6,7 @@ that was overwritten, not copied or wrongly shared gives other logits, and so ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from miaotui.backends.ops import BLOCK_SIZE, Step, StepShape
 from miaotui.engine.admit import EngineConfig
+from miaotui.engine.draft import DraftProposer
 from miaotui.engine.engine import Engine
+from miaotui.engine.ngram import NgramProposer
 from miaotui.engine.paging import FilePager
 from miaotui.engine.prefix_file import open_prefix_file
-from miaotui.engine.request import RequestOutput
+from miaotui.engine.request import RequestOutput, Sequence
+from miaotui.engine.speculate import SpeculativeConfig, Speculator
 from miaotui.model.tokenizer import Tokenizer
 
 VOCAB = 260
@@ -27,7 +30,7 @@ VOCAB = 260
 EOS = 256
 
 
-def history_logits(tokens: Sequence[int], vocab: int = VOCAB, sharpness: float = 3.0) -> NDArray[np.float32]:
+def history_logits(tokens: Many[int], vocab: int = VOCAB, sharpness: float = 3.0) -> NDArray[np.float32]:
     """Logits after `tokens`: pseudo-random, a pure function of all of them."""
     key = np.uint64(1469598103934665603)
     with np.errstate(over="ignore"):
@@ -80,7 +83,7 @@ class ToyExecutor:
                     logits.append(history_logits(history[: position + 1].tolist(), self.vocab_size, self._sharpness))
         return np.array(logits, np.float32).reshape(len(logits), self.vocab_size)
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Many[tuple[int, int]]) -> None:
         for source, target in pairs:
             self._cache[target] = self._cache[source]
             self.copies += 1
@@ -139,6 +142,7 @@ def toy_engine(
     sharpness: float = 3.0,
     file: Path | None = None,
     slots: int = 0,
+    speculator: Speculator | None = None,
 ) -> Engine:
     """`file` pages idle prefixes to that file, with so many slots."""
     shape = StepShape(max_tokens=budget, max_seqs=seqs, max_logits_rows=rows or seqs, max_model_len=max_model_len)
@@ -155,7 +159,31 @@ def toy_engine(
     if file is not None:
         found = open_prefix_file(file, 4096 + slots * (executor.block_bytes + 32), executor.block_bytes, bytes(32))
         pager = None if found is None else FilePager(executor, found)
-    return Engine(executor, toy_tokenizer(), config, pager)
+    return Engine(executor, toy_tokenizer(), config, pager, speculator)
+
+
+class EagerSpeculator(Speculator):
+    """Takes every offer in full, whatever it costs."""
+
+    def _lengths(self, tokens: float, rows: int, offers: dict[Sequence, int]) -> dict[Sequence, int]:
+        return offers
+
+
+def eager(count: int = 5, draft: ToyExecutor | None = None, blocks: int = 256, vocab: int = VOCAB) -> EagerSpeculator:
+    """Guesses by look-up, or by a draft model."""
+    proposer = NgramProposer(2, 8) if draft is None else DraftProposer(draft, blocks, vocab)
+    return EagerSpeculator(proposer, SpeculativeConfig(count))
+
+
+class Scatterbrain(ToyExecutor):
+    """A draft model that is right two times of three."""
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        logits = super().run(step)
+        for row, at in enumerate(step.logits_rows):
+            if (int(step.positions[at]) + int(step.tokens[at])) % 3 == 0:
+                logits[row] = logits[row][::-1]
+        return logits
 
 
 def finish(engine: Engine, *, check: bool = True) -> dict[str, RequestOutput]:
@@ -172,7 +200,7 @@ def finish(engine: Engine, *, check: bool = True) -> dict[str, RequestOutput]:
     raise AssertionError("the engine makes no progress")
 
 
-def naive_greedy(prompt: Sequence[int], count: int, vocab: int = VOCAB, sharpness: float = 3.0) -> list[int]:
+def naive_greedy(prompt: Many[int], count: int, vocab: int = VOCAB, sharpness: float = 3.0) -> list[int]:
     """What greedy decoding must give: the whole history, every time."""
     tokens = list(prompt)
     for _ in range(count):

@@ -55,6 +55,11 @@ ENGINE = {
     "prefix_cache_bytes": click.option(
         "--prefix-cache-bytes", type=Size(), help="The most that file may take: 512M, 2G.  [default: 1G]"
     ),
+    "speculative": click.option(
+        "--speculative", "--speculative-config", "speculative", metavar="ngram|JSON",
+        help="Guess tokens and check them together; the answer stays the same. ngram repeats what stood there before; "
+        '{"model": "…", "num_speculative_tokens": 4} asks a small model of the same tokenizer.',
+    ),
     "threads": click.option(
         "--threads", type=click.IntRange(min=1), help="Compute threads.  [default: one a physical core]"
     ),

@@ -15,6 +15,17 @@ from miaotui.engine.scheduler import Schedule
 Indices = NDArray[np.int32]
 
 
+def rows_wanted(plan: Schedule, sequence: Sequence, ready: bool) -> int:
+    """How many of a sequence's last rows in the step have their logits computed.
+
+    All of them where that was asked for; else, when it has then run all of its own (`ready`), its last token's and
+    its drafts'.
+    """
+    if sequence.all_rows:
+        return plan.counts[sequence]
+    return 1 + len(plan.drafts.get(sequence, ())) if ready else 0
+
+
 class Batch:
     """Owns the arrays that a `Step` views; a step is valid until the next `fill`.
 
@@ -35,7 +46,7 @@ class Batch:
         self._row_len = [0] * shape.max_seqs
 
     def fill(self, plan: Schedule) -> Step:
-        """The step that runs `plan`. Logits rows: each sequence's last when it is to go on, or all where wanted."""
+        """The step that runs `plan`. Logits rows: see `rows_wanted`."""
         token_count, row_count, seqs = 0, 0, 0
         for sequence, count in plan.counts.items():
             start, end = sequence.computed, sequence.computed + count
@@ -43,9 +54,11 @@ class Batch:
                 self._tokens[token_count] = sequence.tokens[start]
                 self._positions[token_count] = start
             else:
-                self._tokens[token_count : token_count + count] = sequence.tokens[start:end]
+                draft = plan.drafts.get(sequence, [])
+                self._tokens[token_count : token_count + count - len(draft)] = sequence.tokens[start:end]
+                self._tokens[token_count + count - len(draft) : token_count + count] = draft
                 self._positions[token_count : token_count + count] = self._every_position[start:end]
-            wanted = count if sequence.all_rows else int(end == len(sequence.tokens))
+            wanted = rows_wanted(plan, sequence, end >= len(sequence.tokens))
             token_count += count
             if wanted:
                 self._rows[row_count : row_count + wanted] = range(token_count - wanted, token_count)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from miaotui.backends.ops import Executor
 from miaotui.engine.admit import EngineConfig, check_prompt, tokens_allowed
-from miaotui.engine.batch import Batch
+from miaotui.engine.batch import Batch, rows_wanted
 from miaotui.engine.beam import BeamSearch
 from miaotui.engine.blocks import BlockManager
 from miaotui.engine.branch import Branches
@@ -25,6 +25,7 @@ from miaotui.engine.publish import Publisher
 from miaotui.engine.request import FinishReason, Request, RequestOutput, Sequence
 from miaotui.engine.sampler import Choice, Sampler
 from miaotui.engine.scheduler import Limits, Schedule, Scheduler
+from miaotui.engine.speculate import Speculator
 from miaotui.model.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
@@ -44,6 +45,9 @@ class EngineStats:
     blocks_paged_out: int
     """Blocks written to the prefix cache file."""
     blocks_paged_in: int
+    tokens_drafted: int
+    """Tokens that speculation proposed, and how many of them came true."""
+    drafts_accepted: int
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -59,9 +63,14 @@ class Engine:
     """Owns the executor's cache and every request in flight."""
 
     def __init__(
-        self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig, pager: FilePager | None = None
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        pager: FilePager | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
-        """`pager` keeps idle prefixes that memory has no room for; it is closed with the engine."""
+        """`pager` keeps idle prefixes that memory has no room for, `speculator` guesses. The engine closes them."""
         shape = executor.shape
         config = replace(
             config,
@@ -85,6 +94,7 @@ class Engine:
         self._publisher = Publisher(tokenizer)
         self._grammars = Grammars(tokenizer, executor.vocab_size, config.eos_token_ids)
         self._branches = Branches(self._scheduler, executor, self._prepare)
+        self._speculator = speculator
         self._requests: dict[str, Request] = {}
         self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
@@ -153,8 +163,8 @@ class Engine:
         """Run one step; returns what streams and finished requests got from it."""
         plan = self._schedule()
         logits = self._run(plan)
-        chosen = self._sample(plan, logits)
-        return self._publish(plan, chosen)
+        grown = self._sample(plan, logits)
+        return self._publish(plan, grown)
 
     def _schedule(self) -> Schedule:
         plan = self._scheduler.schedule()
@@ -163,45 +173,76 @@ class Engine:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.monotonic()
                 request.num_cached_tokens = sequence.computed
+        if self._speculator is not None:
+            self._speculator.draft(plan, self._scheduler)
         return plan
 
     def _run(self, plan: Schedule) -> Logits:
         if not plan.counts:
             return np.empty((0, self.executor.vocab_size), np.float32)
         self._steps += 1
+        started = time.perf_counter()
         logits = self.executor.run(self._batch.fill(plan))
+        if self._speculator is not None:
+            self._speculator.ran(plan, time.perf_counter() - started)
         self._scheduler.complete(plan)
         return logits
 
-    def _sample(self, plan: Schedule, logits: Logits) -> list[tuple[Sequence, Choice]]:
-        """Choose a token for every sequence that has run all of its own; beams note their offers instead."""
-        rows: list[int] = []
-        sequences: list[Sequence] = []
+    def _sample(self, plan: Schedule, logits: Logits) -> list[Sequence]:
+        """Choose a token for every sequence that has run all of its own, and one more for each draft that came true.
+
+        Returns the sequences that grew. Beams note their offers instead.
+        """
+        drawing = self._drawing(plan, logits)
+        grown = list(drawing)
+        accepted = dict.fromkeys(plan.drafts, 0)
+        while drawing:
+            chosen = self._sampler.sample(logits, list(drawing.values()), list(drawing))
+            following: dict[Sequence, int] = {}
+            for (sequence, row), choice in zip(drawing.items(), chosen, strict=True):
+                self._append(sequence, choice)
+                done, draft = accepted.get(sequence, 0), plan.drafts.get(sequence, ())
+                if done < len(draft) and draft[done] == choice.token:
+                    accepted[sequence] += 1
+                    if sequence.finish_reason is None:
+                        self._scheduler.advance(sequence, 1)
+                        following[sequence] = row + 1
+            drawing = following
+        self._settle(plan, accepted)
+        return grown
+
+    def _drawing(self, plan: Schedule, logits: Logits) -> dict[Sequence, int]:
+        """The row that each sequence's next token is drawn from; on the way, scores of prompts and offers of beams."""
+        drawing: dict[Sequence, int] = {}
         end = 0
         for sequence, count in plan.counts.items():
+            drafted = len(plan.drafts.get(sequence, ()))
             ready = sequence.remaining == 0
-            end += count if sequence.all_rows else ready
+            end += rows_wanted(plan, sequence, ready)
+            last = end - 1 - drafted
             if sequence.all_rows:
-                self._score_prompt(sequence, logits[end - count : end])
+                self._score_prompt(sequence, logits[end - count : last + 1])
             if ready and sequence.request.beam is not None:
-                sequence.request.beam.offer(sequence, logits[end - 1])
+                sequence.request.beam.offer(sequence, logits[last])
             elif ready:
-                drawing = self._branches.fan_out(sequence)
-                sequences += drawing
-                rows += [end - 1] * len(drawing)
-        if not sequences:
-            return []
-        return list(zip(sequences, self._sampler.sample(logits, rows, sequences), strict=True))
+                drawing |= dict.fromkeys(self._branches.fan_out(sequence), last)
+        return drawing
 
-    def _publish(self, plan: Schedule, chosen: list[tuple[Sequence, Choice]]) -> list[RequestOutput]:
-        """Append what was chosen, retire what has ended, and tell whoever waits for it."""
+    def _settle(self, plan: Schedule, accepted: dict[Sequence, int]) -> None:
+        """Forget what wrong drafts left behind, and learn from them."""
+        for sequence, count in accepted.items():
+            assert self._speculator is not None
+            self._speculator.judge(sequence, len(plan.drafts[sequence]), count)
+            if sequence.finish_reason is None:
+                self._scheduler.rewind(sequence, sequence.computed)
+
+    def _publish(self, plan: Schedule, grown: list[Sequence]) -> list[RequestOutput]:
+        """Tell whoever waits for what has grown or ended."""
         told: dict[Request, list[Sequence]] = {}
-        for sequence, choice in chosen:
-            self._append(sequence, choice)
+        for sequence in grown:
             request = sequence.request
             if request.stream or (sequence.finish_reason is not None and request.finished):
                 told.setdefault(request, []).append(sequence)
-        self._generated_tokens += len(chosen)
         for request in {sequence.request for sequence in plan.counts if sequence.request.beam is not None}:
             if not self._branches.advance(request):
                 self._finished[cast(FinishReason, request.sequences[0].finish_reason)] += 1
@@ -210,6 +251,7 @@ class Engine:
 
     def _append(self, sequence: Sequence, choice: Choice) -> None:
         self._publisher.accept(sequence, choice)
+        self._generated_tokens += 1
         if sequence.output_len == 1 and sequence.request.metrics.first_token_time is None:
             sequence.request.metrics.first_token_time = time.monotonic()
         if sequence.finish_reason is not None:
@@ -236,6 +278,8 @@ class Engine:
     def _retire(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.remove(sequence)
         self._finished[reason] += 1
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
 
     def _score_prompt(self, sequence: Sequence, logits: Logits) -> None:
         """Log-probabilities of the prompt tokens that follow the rows just run; a recomputed row tells nothing new."""
@@ -281,6 +325,8 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             blocks_paged_out=self._pager.file.saved if self._pager is not None else 0,
             blocks_paged_in=self._pager.file.found if self._pager is not None else 0,
+            tokens_drafted=self._speculator.proposed if self._speculator is not None else 0,
+            drafts_accepted=self._speculator.accepted if self._speculator is not None else 0,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -302,6 +348,8 @@ class Engine:
         if self._pager is not None:
             self._blocks.save_all()
             self._pager.file.close()
+        if self._speculator is not None:
+            self._speculator.close()
         self._grammars.close()
         self.executor.close()
 

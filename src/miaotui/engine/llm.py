@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from miaotui.engine.admit import EngineConfig
+from miaotui.engine.assemble import Settings, assemble
 from miaotui.engine.engine import Engine
-from miaotui.engine.memory import fit_cache
-from miaotui.engine.paging import PREFIX_CACHE_BYTES, open_pager
+from miaotui.engine.paging import PREFIX_CACHE_BYTES
 from miaotui.engine.params import BeamSearchParams, SamplingParams
 from miaotui.engine.request import RequestOutput
 from miaotui.errors import RequestError, UsageError
@@ -50,6 +49,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         prefix_cache_file: str | Path | None = None,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        speculative: str | Mapping[str, Any] | None = None,
         threads: int | None = None,
         device: Literal["auto", "cpu", "cuda", "reference"] = "auto",
     ) -> None:
@@ -59,56 +59,30 @@ class LLM:
         `kv_cache_memory_bytes` is the KV cache's size; None takes what the context can use, of what is free.
         `prefix_cache_file` keeps prefixes that memory has no room for, in `prefix_cache_bytes` at most, also for the
         next process that opens the same model with it.
+        `speculative` guesses tokens and checks them together, which changes no answer: "ngram" repeats what stood there
+        before, {"model": …, "num_speculative_tokens": 4} asks a small model of the same tokenizer.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
-        from miaotui.hardware.detect import available_memory
-        from miaotui.model.build import load
-
-        bounds = {
-            "kv_cache_memory_bytes": kv_cache_memory_bytes,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-        for name, value in bounds.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}.", "Give at least 1.")
-        loaded = load(
-            model,
-            device=device,
+        settings = Settings(
             compute=compute,
             kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            prefix_cache_file=prefix_cache_file,
+            prefix_cache_bytes=prefix_cache_bytes,
+            speculative=speculative,
             threads=threads,
+            device=device,
         )
+        loaded, self.engine = assemble(model, settings)
         self.model = model
         self.spec = loaded.spec
         self.tokenizer = loaded.tokenizer
         self.chat_template = loaded.chat_template
-        executor = loaded.executor
-        free = available_memory() if device != "cuda" or kv_cache_memory_bytes is None else kv_cache_memory_bytes
-        fit = fit_cache(executor, free, executor.shape.max_model_len, max_num_seqs, kv_cache_memory_bytes)
-        config = EngineConfig(
-            blocks=fit.blocks,
-            max_model_len=fit.max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            eos_token_ids=tuple(dict.fromkeys((*loaded.tokenizer.eos_ids, *loaded.spec.eos_token_ids))),
-        )
-        pager = None
-        if prefix_cache_file is not None:
-            pager = open_pager(
-                prefix_cache_file,
-                prefix_cache_bytes,
-                executor,
-                loaded.checkpoint.fingerprint(),
-                loaded.spec,
-                prefix_caching=enable_prefix_caching,
-            )
-        self.engine = Engine(executor, loaded.tokenizer, config, pager)
         self._inbox: dict[str, deque[RequestOutput]] = {}
         self._dropped: list[str] = []
         """Requests whose streams nobody holds any more; cancelled before the next step."""

@@ -26,11 +26,17 @@ class CacheFit:
 
 
 def fit_cache(
-    executor: Executor, free_bytes: int, max_model_len: int, max_num_seqs: int, cache_bytes: int | None = None
+    executor: Executor,
+    free_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    cache_bytes: int | None = None,
+    draft: Executor | None = None,
 ) -> CacheFit:
     """As many blocks as fit in `cache_bytes`; None: for `max_num_seqs` full contexts, or a `SHARE` of what is free.
 
-    When not even one full context fits, the context is shortened to what does, and that is logged.
+    A draft model has as many blocks; its share is counted. When not even one full context fits, the context is
+    shortened to what does, and that is logged.
     Raises ResourceError when less than a useful context fits, or more is asked for than is free.
     """
     if cache_bytes is not None and cache_bytes > free_bytes:
@@ -40,7 +46,8 @@ def fit_cache(
         )
     share = SHARE if cache_bytes is None else 1.0
     bytes_ = free_bytes if cache_bytes is None else cache_bytes
-    affordable = int(bytes_ * share) // executor.block_bytes
+    block_bytes = executor.block_bytes + (0 if draft is None else draft.block_bytes)
+    affordable = int(bytes_ * share) // block_bytes
     whole = blocks_for(max_model_len)
     if affordable >= whole:
         return CacheFit(affordable if cache_bytes is not None else min(affordable, whole * max_num_seqs), max_model_len)
@@ -48,7 +55,7 @@ def fit_cache(
     given = f"{bytes_ / 1e6:.0f} MB " + ("of memory are free" if cache_bytes is None else "are given to it")
     least = min(LEAST_CONTEXT, max_model_len)
     if context < least:
-        needed = blocks_for(least) * executor.block_bytes / share
+        needed = blocks_for(least) * block_bytes / share
         raise ResourceError(
             f"The KV cache has room for {context} positions: {given}, and {needed / 1e6:.0f} MB are needed for a"
             f" context of {least}.",
@@ -61,6 +68,6 @@ def fit_cache(
         context,
         max_model_len,
         given,
-        executor.block_bytes / BLOCK_SIZE / 1e3,
+        block_bytes / BLOCK_SIZE / 1e3,
     )
     return CacheFit(affordable, context)

@@ -12,7 +12,6 @@ import numpy as np
 from miaotui import __version__
 from miaotui.backends.ops import BLOCK_SIZE, Executor
 from miaotui.engine.prefix_file import PrefixFile, open_prefix_file
-from miaotui.errors import UsageError
 from miaotui.model.spec import ModelSpec
 
 PREFIX_CACHE_BYTES = 1 << 30
@@ -54,12 +53,8 @@ class FilePager:
         return True
 
 
-def open_pager(
-    path: str | Path, size: int, executor: Executor, checkpoint: str, spec: ModelSpec, *, prefix_caching: bool
-) -> FilePager | None:
+def open_pager(path: str | Path, size: int, executor: Executor, checkpoint: str, spec: ModelSpec) -> FilePager | None:
     """The pager of a model whose files have the fingerprint `checkpoint`. Raises what `open_prefix_file` does."""
-    if not prefix_caching:
-        raise UsageError("prefix_cache_file needs prefix caching, which is off.", "Leave one of the two out.")
     file = open_prefix_file(Path(path), size, executor.block_bytes, belongs_to(executor, checkpoint, spec))
     return None if file is None else FilePager(executor, file)
 

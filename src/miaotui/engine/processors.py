@@ -118,7 +118,8 @@ def build_processors(
     if params.allowed_token_ids is not None:
         built.append(AllowedTokens(params.allowed_token_ids, vocab_size))
     if params.bad_words:
-        built.append(BadWords(bad_word_tokens(params.bad_words, encode), prompt_len))
+        words = bad_word_tokens(params.bad_words, encode)
+        built.append(BadWords([word for word in words if max(word) < vocab_size], prompt_len))
     if params.min_tokens > 0 and ends:
         built.append(MinTokens(params.min_tokens, ends, prompt_len))
     if params.logit_bias:

@@ -65,10 +65,10 @@ class Sampler:
             return [Choice(token) for token in _argmax(logits, rows)]
         plain = [i for i, sequence in enumerate(sequences) if not sequence.processors]
         changed = [i for i, sequence in enumerate(sequences) if sequence.processors]
-        tokens = dict(zip(plain, self._pick(logits, _at(rows, plain), _at(sequences, plain)), strict=True))
+        tokens = dict(zip(plain, self.pick(logits, _at(rows, plain), _at(sequences, plain)), strict=True))
         if changed:
             processed = _process(logits[_at(rows, changed)], _at(sequences, changed))
-            picked = self._pick(processed, list(range(len(changed))), _at(sequences, changed))
+            picked = self.pick(processed, list(range(len(changed))), _at(sequences, changed))
             nothing = (processed.max(axis=1) == -np.inf).tolist()
             tokens |= {i: NOTHING_LEFT if n else t for i, t, n in zip(changed, picked, nothing, strict=True)}
         return self._scored(logits, rows, sequences, [tokens[i] for i in range(len(rows))])
@@ -78,8 +78,8 @@ class Sampler:
         scores = self._draws.score(logits, rows, tokens, logits.shape[1] if top < 0 else top)
         return [self._named(token, score) for token, score in zip(tokens, scores, strict=True)]
 
-    def _pick(self, logits: Logits, rows: list[int], sequences: Many[Sequence]) -> list[int]:
-        """The likeliest token, or a draw, from each of `rows`."""
+    def pick(self, logits: Logits, rows: list[int], sequences: Many[Sequence]) -> list[int]:
+        """The likeliest token, or a draw, from each of `rows`, for what comes next in each sequence."""
         params = [cast(SamplingParams, sequence.request.params) for sequence in sequences]
         greedy = [i for i, p in enumerate(params) if p.greedy]
         drawn = [i for i, p in enumerate(params) if not p.greedy]
@@ -117,7 +117,7 @@ def _at(of: Many[T], places: list[int]) -> list[T]:
 
 def _argmax(logits: Logits, rows: list[int]) -> list[int]:
     if rows != list(range(len(logits))):
-        logits = logits[rows]
+        return [int(logits[row].argmax()) for row in rows]  # without a copy of the others
     best: list[int] = logits.argmax(axis=1).tolist()
     return best
 

@@ -33,6 +33,8 @@ class Schedule:
     counts: dict[Sequence, int] = field(default_factory=dict)
     admitted: list[Sequence] = field(default_factory=list)
     """Those that came from waiting; what a prefix gave them is already computed."""
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    """Guesses at what follows a sequence's tokens: run and counted with them, and computed when they came true."""
 
     def add(self, sequence: Sequence, count: int) -> None:
         self.counts[sequence] = count
@@ -71,14 +73,38 @@ class Scheduler:
             self._admit(plan)
         return plan
 
+    def draft(self, plan: Schedule, sequence: Sequence, tokens: list[int]) -> list[int]:
+        """Run guesses after a sequence's last token: as many as the step, its rows and the blocks have room for."""
+        assert sequence.computed + plan.counts[sequence] == len(sequence.tokens), "a guess at what is known"
+        fitting = tokens[: max(0, min(len(tokens), plan.budget, plan.rows))]
+        if not fitting or not self.blocks.grow(sequence.blocks, len(sequence.tokens) + len(fitting)):
+            return []
+        plan.counts[sequence] += len(fitting)
+        plan.budget -= len(fitting)
+        plan.rows -= len(fitting)
+        plan.drafts[sequence] = fitting
+        return fitting
+
     def complete(self, plan: Schedule) -> None:
         """Note that the step has run: its tokens are computed, and blocks that became full can be found again."""
         for sequence, count in plan.counts.items():
-            before, sequence.computed = sequence.computed, sequence.computed + count
-            first, last = before // BLOCK_SIZE, sequence.computed // BLOCK_SIZE
-            if last > first and self.blocks.prefix_caching:
-                extend_chain(sequence.chain, sequence.tokens, last)
-                self.blocks.remember(sequence.blocks, sequence.chain, first, last)
+            self.advance(sequence, count - len(plan.drafts.get(sequence, ())))
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """`count` more of a sequence's tokens are computed: they have run, or their drafts came true."""
+        before, sequence.computed = sequence.computed, sequence.computed + count
+        first, last = before // BLOCK_SIZE, sequence.computed // BLOCK_SIZE
+        if last > first and self.blocks.prefix_caching:
+            extend_chain(sequence.chain, sequence.tokens, last)
+            self.blocks.remember(sequence.blocks, sequence.chain, first, last)
+
+    def rewind(self, sequence: Sequence, computed: int) -> None:
+        """Nothing beyond `computed` is of use any more; blocks beyond the sequence's tokens go back."""
+        sequence.computed = min(sequence.computed, computed)
+        needed = blocks_for(len(sequence.tokens))
+        if len(sequence.blocks) > needed:
+            self.blocks.release(sequence.blocks[needed:])
+            sequence.blocks = sequence.blocks[:needed]
 
     def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
         """Start `child` where `parent` is, sharing its blocks; returns the pair of blocks to copy, if any.
