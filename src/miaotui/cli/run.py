@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from miaotui.cli.load import load
-from miaotui.cli.options import MODEL, engine_options, sampling_options, take_engine, take_sampling
+from miaotui.cli.options import MODEL, engine_options, sampling_options, sampling_params, take_engine
+from miaotui.cli.text import argument, piped
 from miaotui.errors import RequestError, UsageError
 
 if TYPE_CHECKING:
@@ -37,17 +38,17 @@ def command(
 
     The answer goes to stdout as it is made.
     """
-    text = prompt if prompt is not None else _piped()
+    text = argument(prompt, "PROMPT") if prompt is not None else piped()
+    if not text.strip():
+        raise UsageError("There is no prompt.", 'Give one, as in `miaotui run demo "Hello"`, or pipe one in.')
     if raw and system is not None:
         raise UsageError("--system needs the chat template that --raw leaves out.", "Drop one of the two.")
-    sampling = take_sampling(options)
+    told = None if system is None else argument(system, "--system")
     started = time.perf_counter()
-    from miaotui.engine.params import SamplingParams
-
-    params = SamplingParams(**sampling)
+    params = sampling_params(options)
     with load(model, take_engine(options)) as llm:
         tally = Tally(started, time.perf_counter())
-        for output in llm.stream(text, params) if raw else _answer(llm, text, system, params):
+        for output in llm.stream(text, params) if raw else _answer(llm, text, told, params):
             piece = tally.add(output)
             if piece and not as_json:
                 sys.stdout.write(piece)
@@ -127,11 +128,3 @@ def peak_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
-
-
-def _piped() -> str:
-    """The prompt from stdin. Raises UsageError when stdin is a terminal or empty."""
-    text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
-    if not text.strip():
-        raise UsageError("There is no prompt.", 'Give one, as in `miaotui run demo "Hello"`, or pipe one in.')
-    return text

@@ -29,7 +29,7 @@ import numpy as np
 
 from miaotui.engine.llm import LLM
 from miaotui.engine.params import SamplingParams
-from miaotui.errors import MiaotuiError, ResourceError, UsageError
+from miaotui.errors import MiaotuiError, RequestError, ResourceError, UsageError
 from miaotui.hardware import ceilings, detect, sensors
 from miaotui.hardware.ceilings import Ceilings, Probes
 from miaotui.measure.stats import summarise
@@ -123,7 +123,7 @@ def run(
         for round_number in range(repeat + 1):
             for regime in chosen:
                 tell(f"round {round_number}/{repeat}: {regime.name}" if round_number else f"warm-up: {regime.name}")
-                taken = regime.sample(subject)
+                taken = _sample(regime, subject)
                 if round_number:
                     samples[regime.name] += taken
         results = [_result(regime, samples[regime.name], subject.cost, limits) for regime in chosen]
@@ -146,6 +146,14 @@ def select(names: Sequence[str] | None) -> list[Regime]:
     if unknown:
         raise UsageError(f"There is no regime called {unknown[0]!r}.", f"Choose from {', '.join(table)}.")
     return [table[name] for name in names] if names else list(table.values())
+
+
+def _sample(regime: Regime, subject: Subject) -> list[float]:
+    try:
+        return regime.sample(subject)
+    except RequestError as error:
+        hint = "Raise --max-model-len, or leave this regime out with --regimes."
+        raise ResourceError(f"{regime.name} cannot be measured: {error.message}", hint) from error
 
 
 def _result(regime: Regime, samples: list[float], cost: Cost, limits: Ceilings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from miaotui.errors import DependencyError, RequestError, UsageError
 from miaotui.hardware.detect import available_memory
 from miaotui.model import dummy
 from miaotui.model.decoder import forward
-from miaotui.model.families import read_spec
+from miaotui.model.families import describe, read_spec
 from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 from miaotui.model.weights import prepare_weights
@@ -95,6 +96,7 @@ def _open(model: str) -> tuple[Checkpoint, Tokenizer]:
         made.check_memory(available_memory())
         return made, made.tokenizer()
     checkpoint = open_checkpoint(resolve(model))
+    describe(checkpoint)  # a model that is not supported is refused for that, before anything else it may lack
     return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 
@@ -122,6 +124,7 @@ def build(
     for name, value in {**limits, "max_logits_rows": max_logits_rows, "threads": threads}.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}.", "It must be at least 1.")
+    _check_threads(threads)
     spec, names = read_spec(checkpoint, max_model_len)
     shape = StepShape(
         max_tokens=max_num_batched_tokens,
@@ -147,6 +150,15 @@ def _packed_file(checkpoint: Checkpoint, wanted: bool) -> Iterator[PackedFile | 
     store = PackedFile.of(checkpoint)
     yield store
     store.save()
+
+
+def _check_threads(threads: int | None) -> None:
+    """Refuse so many that they would only wait for each other's turn."""
+    processors = os.cpu_count() or 1
+    most = max(16, 4 * processors)
+    if threads is not None and threads > most:
+        cause = f"threads is {threads}, and this machine has {processors} processors."
+        raise UsageError(cause, f"Give at most {most}, or leave it out for one a physical core, which is fastest.")
 
 
 def _length(spec: ModelSpec, wanted: int | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaotui.checkpoint.base import Checkpoint
-from miaotui.errors import CheckpointError
+from miaotui.errors import CheckpointError, RequestError
 from miaotui.model.token_text import Joining, byte_fallback_piece, byte_level_bytes, decoder_kind
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ class Tokenizer:
             self.backend.encode_special_tokens = not parse_special
             try:
                 return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            except TypeError as error:
+                raise _no_text(text) from error
             finally:
                 self.backend.encode_special_tokens = False
 
@@ -130,6 +132,17 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact spelling in the vocabulary, or None."""
         return self.backend.token_to_id(token)
+
+
+def _no_text(text: str) -> RequestError:
+    """Why the library would not take a string: Python's may hold halves of characters, which no UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"it holds {text[error.start]!r} at character {error.start}"
+    else:
+        raise AssertionError("the tokenizer refused a sound text")
+    return RequestError(f"The text is not Unicode: {found}.", "Send text that is sound UTF-8.", param="prompt")
 
 
 def read_json_asset(checkpoint: Checkpoint, filename: str) -> dict[str, Any]:
