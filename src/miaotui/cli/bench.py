@@ -33,12 +33,14 @@ from miaotui.cli.options import MODEL, as_flags, engine_options, split_names, ta
     "[default: q4_0]",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Of dummy weights: the first layers only.")
+@click.option("--profile", is_flag=True, help="Show where a step's time goes, op by op, instead of the regimes.")
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
 def command(
     model: str,
     regimes: str | None,
     repeat: int,
+    profile: bool,
     dummy_weights: bool,
     quantization: str | None,
     layers: int | None,
@@ -51,6 +53,8 @@ def command(
     """
     if not dummy_weights and (quantization or layers):
         raise click.UsageError("--quantization and --layers are of --dummy-weights: MODEL's own run as they are.")
+    if profile and regimes:
+        raise click.UsageError("--profile has cases of its own; leave --regimes out.")
     names = split_names(regimes, "--regimes")
     engine = take_engine(options)
     from miaotui.cli.probes import native_probes
@@ -61,14 +65,19 @@ def command(
         settings = speed.Settings(name, engine, ["--raw", *as_flags(engine)], "dummy")
     else:
         settings = speed.Settings(model, engine, as_flags(engine))
-    report = speed.run(settings, native_probes(), names=names, repeat=repeat, tell=teller())
+    from miaotui.measure import profile as profiling
+    from miaotui.measure import report as reporting
+
+    if profile:
+        report = profiling.run(settings, native_probes(), tell=teller())
+    else:
+        report = speed.run(settings, native_probes(), names=names, repeat=repeat, tell=teller())
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False, indent=2))
         return
     from rich.console import Console
 
-    from miaotui.measure.report import table
-
+    table = reporting.profile_table if profile else reporting.table
     Console(width=None if sys.stdout.isatty() else 120).print(table(report))
 
 

@@ -24,6 +24,23 @@ def table(report: dict[str, Any]) -> RenderableType:
     return Group(*(Text(line) for line in heading(report)), rows)
 
 
+def profile_table(report: dict[str, Any]) -> RenderableType:
+    """The report of `profile.run`: a table for each case, its ops from the slowest on."""
+    tables: list[RenderableType] = []
+    for case in report["cases"]:
+        title = f"{case['case']}: {case['seconds'] * 1e3:.2f} ms a step"
+        rows = Table("op", "number", "µs", "of step", "of ceiling", box=None, pad_edge=False, title=title)
+        rows.title_justify = "left"
+        for column in rows.columns[1:]:
+            column.justify = "right"
+        for line in case["lines"]:
+            part = f"{100 * line['seconds'] / case['seconds']:.1f}%"
+            reached = f"{100 * line['least'] / line['seconds']:.0f}%" if line["least"] else ""
+            rows.add_row(line["op"], str(line["count"]), number(line["seconds"] * 1e6), part, reached)
+        tables += [rows, Text("")]
+    return Group(*tables)
+
+
 def heading(report: dict[str, Any]) -> list[str]:
     """What was measured, on what."""
     machine, model, limits = report["machine"], report["model"], report["machine"]["ceilings"]

@@ -13,7 +13,7 @@ from miaotui.backends.cpu.emit import Emitter, Place
 from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
 from miaotui.backends.cpu.ops import CpuOps
 from miaotui.backends.cpu.plan import fused, place, split_permutations
-from miaotui.backends.cpu.weights import Matrix, WeightStore
+from miaotui.backends.cpu.weights import WeightStore
 from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
 from miaotui.errors import UsageError
 from miaotui.hardware import detect
@@ -75,24 +75,32 @@ class CpuBackend:
             program.angles(np.ascontiguousarray(rope.inv_freq, dtype=np.float32), rope.factor, cos, sin)
             turns[rope] = (cos, sin)
         emitter = Emitter(program, places, turns, self.cache.type, self._quantised)
-        for node, parts in split_permutations(nodes):
+        ops = split_permutations(nodes)
+        for node, parts in ops:
             emitter.emit(node, parts)
         program.finish()
         cache_format = f"cpu {self._isa} {self.cache.type} quantised={self._quantised} fuse={self._fuse} {_build()}"
-        return CpuExecutor(program, (places.offset[logits], logits.width), rows, _weight_bytes(nodes), cache_format)
+        work = [(0, 0, False)] * len(ropes) + [_op_weights(node, parts) for node, parts in ops]
+        return CpuExecutor(program, (places.offset[logits], logits.width), rows, work, cache_format)
 
 
 class CpuExecutor:
     """Replays the program: one native call a step, without the GIL."""
 
     def __init__(
-        self, program: _native.Program, logits: Place, shape: StepShape, weight_bytes: int, cache_format: str
+        self,
+        program: _native.Program,
+        logits: Place,
+        shape: StepShape,
+        op_weights: list[tuple[int, int, bool]],
+        cache_format: str,
     ) -> None:
         self.shape = shape
         self.cache_format = cache_format
         self.vocab_size = logits[1]
-        self.weight_bytes = weight_bytes
+        self.weight_bytes = sum(weight_bytes for weight_bytes, _, _ in op_weights)
         self.block_bytes: int = program.block_bytes
+        self._op_weights = op_weights
         self._program = program
         self._logits = program.view(logits, shape.max_logits_rows)
 
@@ -128,6 +136,10 @@ class CpuExecutor:
         self._program.set_profiling(False)
         return rows, steps
 
+    def op_weights(self) -> list[tuple[int, int, bool]]:
+        """For each op in the profile's order: bytes of weights it reads, products a row, whether rows are logits'."""
+        return self._op_weights
+
     def close(self) -> None:
         del self._logits, self._program
 
@@ -147,13 +159,17 @@ def _build() -> str:
     return f"{file.st_size}-{file.st_mtime_ns}"
 
 
-def _weight_bytes(nodes: list[Node]) -> int:
-    """Bytes of weights that one token's step reads; of routed experts, the top_k it goes through."""
-    total = 0
-    for node in nodes:
-        if isinstance(node, LinearNode):
-            total += sum(part.nbytes for part in node.weight.parts)
-        elif isinstance(node, ExpertsNode):
-            every: list[Matrix] = [m for e in (*node.weight.gate_up, *node.weight.down) for m in e.parts]
-            total += sum(m.nbytes for m in every) * node.top_k // len(node.weight.down)
-    return total
+def _op_weights(node: Node, parts: list[int]) -> tuple[int, int, bool]:
+    of_logits = node.output.of_logits
+    if isinstance(node, LinearNode):
+        chosen = [node.weight.parts[i] for i in parts]
+        return sum(m.nbytes for m in chosen), sum(m.height * m.width for m in chosen), of_logits
+    if isinstance(node, ExpertsNode):
+        every = [m for e in (*node.weight.gate_up, *node.weight.down) for m in e.parts]
+        used, count = node.top_k, len(node.weight.down)
+        return (
+            sum(m.nbytes for m in every) * used // count,
+            sum(m.height * m.width for m in every) * used // count,
+            False,
+        )
+    return 0, 0, of_logits

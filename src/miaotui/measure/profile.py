@@ -1,0 +1,150 @@
+"""Where a step's time goes: each kind of op with its share of the time, and of what the machine could do.
+
+The native program times its ops on the first thread, waiting for the others included. What remains of the engine's
+step is the host: scheduling, index arrays, sampling and publishing in Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from miaotui.engine.params import SamplingParams
+from miaotui.errors import UsageError
+from miaotui.hardware import ceilings, detect
+from miaotui.hardware.ceilings import Ceilings, Probes
+from miaotui.measure.speed import Settings, Subject
+from miaotui.measure.work import Work
+
+
+class Profiled(Protocol):
+    """What an executor must offer to be profiled: the CPU backend's does."""
+
+    def start_profile(self) -> None: ...
+
+    def stop_profile(self) -> tuple[list[tuple[str, float]], int]: ...
+
+    def op_weights(self) -> list[tuple[int, int, bool]]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps of `requests` sequences at `context` positions, each adding `new_tokens`."""
+
+    name: str
+    requests: int
+    context: int
+    new_tokens: int
+    steps: int
+
+
+CASES = (
+    Case("decode-1@16", 1, 16, 1, 64),
+    Case("decode-1@512", 1, 512, 1, 64),
+    Case("decode-64@128", 64, 128, 1, 16),
+    Case("prefill-512", 1, 512, 512, 3),
+)
+
+
+@dataclass
+class Line:
+    """One kind of op: how many a step has, its seconds a step, and the least seconds this machine needs for it."""
+
+    op: str
+    count: int = 0
+    seconds: float = 0.0
+    least: float = 0.0
+
+
+def run(settings: Settings, probes: Probes, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Profile every case that fits: `{"machine", "model", "cases": [{"case", "seconds", "lines": […]}]}`.
+
+    Raises UsageError when the device's executor cannot be profiled.
+    """
+    machine = detect.detect()
+    subject = Subject(settings)
+    try:
+        executor = subject.llm.engine.executor
+        if not hasattr(executor, "start_profile"):
+            raise UsageError("Only the CPU backend times its ops.", "Leave --profile out, or use --device cpu.")
+        tell("measuring this machine's ceilings")
+        working_set = ceilings.within(subject.cost.weight_bytes, detect.available_memory())
+        threads = settings.options.get("threads") or detect.usable_cores()
+        limits = ceilings.measure(probes, threads, working_set)
+        longest, most = executor.shape.max_model_len, executor.shape.max_seqs
+        fitting = [c for c in CASES if c.context + c.steps < longest and c.requests <= most]
+        cases = []
+        for case in fitting:
+            tell(case.name)
+            cases.append(_profile(subject, case, limits))
+    finally:
+        tell("")
+        subject.close()
+    return {
+        "machine": {**machine.as_dict(), "ceilings": asdict(limits)},
+        "model": {"name": settings.model, "weight_bytes": subject.cost.weight_bytes},
+        "cases": cases,
+    }
+
+
+def _profile(subject: Subject, case: Case, limits: Ceilings) -> dict[str, Any]:
+    engine = subject.llm.engine
+    executor: Any = engine.executor
+    decoding = case.new_tokens == 1
+    first = -(-case.requests * case.context // executor.shape.max_tokens) + 2  # prompts, then two steps to warm up
+    for _ in range(case.requests if decoding else 1):
+        _ask(subject, case, first + case.steps if decoding else 1)
+    for _ in range(first if decoding else 0):
+        engine.step()
+    executor.start_profile()
+    started = time.perf_counter()
+    steps = _steps(subject, case)
+    wall = time.perf_counter() - started
+    ops, runs = executor.stop_profile()
+    while engine.has_work:
+        engine.step()
+    lines = _lines(subject, case, executor, ops, runs, limits)
+    native = sum(seconds for _, seconds in ops)
+    lines.append(Line("host (Python)", 1, (wall - native) / steps))
+    return {"case": case.name, "seconds": wall / steps, "lines": [asdict(line) for line in lines]}
+
+
+def _ask(subject: Subject, case: Case, tokens: int) -> None:
+    prompt = subject.prompt(case.context)["prompt_token_ids"]
+    subject.llm.engine.add_request(prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+
+
+def _steps(subject: Subject, case: Case) -> int:
+    """Run the case's steps, or its prompts one after another; how many steps there were."""
+    engine, count = subject.llm.engine, 0
+    for index in range(case.steps):
+        if case.new_tokens > 1 and index:
+            _ask(subject, case, 1)
+        while True:
+            engine.step()
+            count += 1
+            if case.new_tokens == 1 or not engine.has_work:
+                break
+    return count
+
+
+def _lines(
+    subject: Subject, case: Case, executor: Profiled, ops: list[tuple[str, float]], runs: int, limits: Ceilings
+) -> list[Line]:
+    """Ops of one name together, slowest first."""
+    cost = subject.cost
+    tokens = case.requests * case.new_tokens
+    lines: dict[str, Line] = {}
+    for (name, seconds), (weight_bytes, products, of_logits) in zip(ops, executor.op_weights(), strict=True):
+        line = lines.setdefault(name, Line(name))
+        line.count += 1
+        line.seconds += seconds / runs
+        rows = case.requests if of_logits else tokens
+        line.least += cost.seconds(Work(weight_bytes, 2.0 * products * rows, 0.0), limits)
+    if "attention" in lines:
+        whole = cost.step([case.context] * case.requests, case.new_tokens)
+        cached = whole.bytes - cost.weight_bytes
+        lines["attention"].least = cost.seconds(Work(cached, 0.0, whole.attention_operations), limits)
+    return sorted(lines.values(), key=lambda line: -line.seconds)
