@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from miaotui.backends.ops import StepShape
 from miaotui.engine.draft import DraftProposer, check_same_tokens
 from miaotui.engine.engine import Engine
 from miaotui.engine.ngram import History, NgramProposer
+from miaotui.engine.pace import Odds, Pace
 from miaotui.engine.params import BeamSearchParams, SamplingParams, StructuredOutputs
 from miaotui.engine.request import RequestOutput
 from miaotui.engine.speculate import SpeculativeConfig, Speculator
@@ -263,8 +266,6 @@ def longest_repeat(tokens: list[int], least: int, most: int) -> int:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_look_up_finds_the_longest_of_the_latest(seed: int) -> None:
-    from array import array
-
     rng = random.Random(seed)
     tokens = array("i", [rng.randrange(2 + seed) for _ in range(3)])
     history = History(tokens)
@@ -409,3 +410,75 @@ def test_logits_are_only_wanted_where_drafts_are() -> None:
     assert shapes[0] == (5, 2)
     assert (10, 10) in shapes
     assert all(rows == tokens for tokens, rows in shapes[1:])
+
+
+# -- measured times --------------------------------------------------------------------------------------
+
+
+def observed(pace: Pace, seconds: Callable[[int], float], sizes: list[int], times: int = 40) -> Pace:
+    for _ in range(times):
+        for rows in sizes:
+            pace.observe(rows, seconds(rows))
+    return pace
+
+
+def test_times_are_learnt_by_size() -> None:
+    """A kernel's jump between two sizes is seen; what lies between measured sizes is between their times."""
+
+    def seconds(rows: int) -> float:
+        return (1.0 if rows <= 4 else 2.0) + 0.01 * rows
+
+    pace = observed(Pace(), seconds, [1, 4, 5, 9])
+    for rows in (1, 4, 5, 9):
+        assert pace(rows) / pace(1) == pytest.approx(seconds(rows) / seconds(1), rel=0.02)
+    assert pace(4) < pace(2) + 0.1 < pace(7)
+    assert pace(9) < pace(12) < 1.2 * pace(9), "larger steps are worth a try"
+    assert pace.scale * pace(1) == pytest.approx(seconds(1), rel=0.02)
+
+
+def test_a_slower_machine_leaves_the_shape() -> None:
+    pace = observed(Pace(), lambda rows: 1.0 + 0.2 * rows, [1, 3, 5], 150)
+    before = pace(5) / pace(1)
+    observed(pace, lambda rows: 3.0, [1], 300)
+    assert pace(5) / pace(1) == pytest.approx(before, rel=0.1)
+    assert pace.scale * pace(1) == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_hiccup_is_forgotten() -> None:
+    pace = observed(Pace(), lambda rows: 1.0 + 0.1 * rows, [1, 2, 4])
+    pace.observe(2, 500.0)
+    assert pace(2) <= pace(4)
+    observed(pace, lambda rows: 1.0 + 0.1 * rows, [1, 2], 40)
+    assert pace(2) / pace(1) == pytest.approx(1.2 / 1.1, rel=0.05)
+
+
+def test_the_first_step_of_a_size_is_not_counted() -> None:
+    pace = observed(Pace(), lambda rows: 1.0, [1])
+    pace.observe(2, 100.0)
+    assert pace(2) < 1.1 * pace(1)
+    pace.observe(2, 1.0)
+    assert pace(2) == pytest.approx(pace(1), rel=0.05)
+
+
+def test_many_rows_share_their_measurements() -> None:
+    pace = observed(Pace(), lambda rows: 0.1 * rows, [64, 128])
+    assert pace(66) == pace(64)
+    assert pace(64) < pace(90) < pace(128)
+
+
+def test_odds_lean_on_all_requests_and_then_on_their_own() -> None:
+    everyone = Odds()
+    assert 0 < everyone.first("a") < everyone.next("a") < 1
+    lucky, unlucky = Odds(everyone), Odds(everyone)
+    for _ in range(60):
+        lucky.judge("a", 4, 4)
+        unlucky.judge("a", 4, 0)
+    assert lucky.first("a") > 0.9 < lucky.next("a")
+    assert unlucky.first("a") < 0.1
+    assert Odds(everyone).first("a") == pytest.approx(0.5, abs=0.1)
+    assert lucky.first("b") == Odds().first("b"), "kinds are told apart"
+    half = Odds()
+    for _ in range(400):
+        half.judge("a", 4, 2)
+    assert half.first("a") > 0.95
+    assert half.next("a") == pytest.approx(0.5, abs=0.05)

@@ -16,12 +16,16 @@ _HOPE = 0.03
 _WILD = 3.0
 """A measurement further from what was expected than by this factor counts as being off by it."""
 
+_QUICK, _SLOW = 0.2, 0.01
+"""How much of a deviation the scale, and the shape of a size that is known well, take over at once."""
+
 
 class Pace:
     """Seconds of a step by its number of rows, as measured on this machine, now.
 
-    seconds = scale · shape[rows]. The scale follows the machine's moods and the growing contexts quickly; the shape,
-    which alone decides, changes slowly. So sizes that were not run lately can still be compared with those that were.
+    seconds = scale · shape[rows]. The scale follows the machine's moods and the growing contexts quickly, by the sizes
+    that are known well; the shape, which alone decides, is an average of everything seen. So sizes that were not run
+    lately can still be compared with those that were.
     """
 
     def __init__(self) -> None:
@@ -43,8 +47,18 @@ class Pace:
         if size not in self._shape:
             self._sizes.insert(bisect_left(self._sizes, size), size)
             self._shape[size] = expected
-        self._shape[size] *= ratio ** max(0.1, 1 / (seen - 1) if seen < 10 else 0.0)
-        self._scale *= ratio**0.05
+        self._shape[size] *= ratio ** max(_SLOW, 1 / (seen - 1))
+        self._scale *= ratio ** (_QUICK * min(1.0, (seen - 1) * _SLOW))
+        self._correct(self._sizes.index(size))
+
+    def _correct(self, at: int) -> None:
+        """A larger step takes no less: of two neighbours that say otherwise the one seen more often is right."""
+        for first in (at - 1, at):
+            if 0 <= first < len(self._sizes) - 1:
+                small, large = self._sizes[first], self._sizes[first + 1]
+                if self._shape[small] > self._shape[large]:
+                    right = small if self._seen[small] >= self._seen[large] else large
+                    self._shape[small] = self._shape[large] = self._shape[right]
 
     def __call__(self, rows: int) -> float:
         """What a step of so many rows takes, in units of nothing in particular."""
