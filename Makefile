@@ -17,10 +17,12 @@ test: .venv/.dev .venv/.base
 	$(BIN)/python -m pytest
 
 fix: .venv/.dev
-	@echo "==> mend formatting and what ruff can mend"
+	@echo "==> mend formatting, what ruff can mend, and the pages that are made from the code"
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i native/*.cpp native/*.h
+	$(BIN)/python tools/cli_reference.py
+	$(BIN)/python tools/support_matrix.py
 
 check: .venv/.dev .venv/.base
 	@echo "==> lint, format, types, import rows"

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from miaotui.cli.options import MODEL, as_flags, engine_options, split_names, take_engine
+from miaotui.cli.options import MODEL, as_flags, measured_engine_options, split_names, take_engine
 
 
 @click.command("bench")
@@ -20,7 +20,7 @@ from miaotui.cli.options import MODEL, as_flags, engine_options, split_names, ta
     help="Of start, load, peak-memory, prefill-512, decode-1@16, decode-1@512, throughput-8, throughput-64.  "
     "[default: all]",
 )
-@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds after the warm-up.")
+@click.option("--repeat", type=click.IntRange(min=1), help="Rounds after the warm-up.  [default: 5]")
 @click.option(
     "--dummy-weights",
     is_flag=True,
@@ -34,12 +34,12 @@ from miaotui.cli.options import MODEL, as_flags, engine_options, split_names, ta
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Of dummy weights: the first layers only.")
 @click.option("--profile", is_flag=True, help="Show where a step's time goes, op by op, instead of the regimes.")
-@engine_options
+@measured_engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
 def command(
     model: str,
     regimes: str | None,
-    repeat: int,
+    repeat: int | None,
     profile: bool,
     dummy_weights: bool,
     quantization: str | None,
@@ -53,25 +53,24 @@ def command(
     """
     if not dummy_weights and (quantization or layers):
         raise click.UsageError("--quantization and --layers are of --dummy-weights: MODEL's own run as they are.")
-    if profile and regimes:
-        raise click.UsageError("--profile has cases of its own; leave --regimes out.")
+    if profile and (regimes or repeat):
+        raise click.UsageError("--profile has cases of its own; leave --regimes and --repeat out.")
     names = split_names(regimes, "--regimes")
     engine = take_engine(options)
     from miaotui.cli.probes import native_probes
-    from miaotui.measure import speed
-
-    if dummy_weights:
-        name = _dummy(model, quantization or "q4_0", layers, [regime.name for regime in speed.select(names)])
-        settings = speed.Settings(name, engine, ["--raw", *as_flags(engine)], "dummy")
-    else:
-        settings = speed.Settings(model, engine, as_flags(engine))
     from miaotui.measure import profile as profiling
     from miaotui.measure import report as reporting
+    from miaotui.measure import speed
 
+    settings = speed.Settings(model, engine, as_flags(engine))
+    if dummy_weights:
+        again = not profile and any(regime.name in speed.LOAD_AGAIN for regime in speed.select(names))
+        name = _dummy(model, quantization or "q4_0", layers, copies=2 if again else 1)
+        settings = speed.Settings(name, engine, ["--raw", *as_flags(engine)], "dummy")
     if profile:
         report = profiling.run(settings, native_probes(), tell=teller())
     else:
-        report = speed.run(settings, native_probes(), names=names, repeat=repeat, tell=teller())
+        report = speed.run(settings, native_probes(), names=names, repeat=repeat or 5, tell=teller())
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False, indent=2))
         return
@@ -81,14 +80,12 @@ def command(
     Console(width=None if sys.stdout.isatty() else 120).print(table(report))
 
 
-def _dummy(config: str, kind: str, layers: int | None, regimes: list[str]) -> str:
-    """The name of the dummy model, refused here when this machine cannot hold it as often as the regimes need."""
+def _dummy(config: str, kind: str, layers: int | None, *, copies: int) -> str:
+    """The name of the dummy model, refused here when this machine cannot hold it as often as it will be loaded."""
     from miaotui.hardware.detect import available_memory
-    from miaotui.measure.speed import LOAD_AGAIN
     from miaotui.model.dummy import dummy_name, open_dummy
 
     name = dummy_name(config, kind, layers)
-    copies = 2 if any(regime in LOAD_AGAIN for regime in regimes) else 1
     open_dummy(name).check_memory(available_memory(), copies)
     return name
 

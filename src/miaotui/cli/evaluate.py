@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from miaotui.cli.options import ENGINE, MODEL
 from miaotui.cli.progress import progress
@@ -59,7 +60,10 @@ def quality_options(function: F) -> F:
     help="Also count how many of N greedy tokens after a prompt are ORIGINAL's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     model: str,
     data: str | None,
     reference: str | None,
@@ -73,8 +77,8 @@ def command(
 
     Intervals are of 95%, over windows. ORIGINAL is run exactly, unless its options say otherwise.
     """
-    if reference is None and agreement is not None:
-        raise click.UsageError("--agreement needs a --reference to agree with.")
+    if reference is None:
+        _refuse_alone(context)
     from miaotui.measure.quality import Reference, evaluate
 
     cut, settings = take(options)
@@ -85,6 +89,13 @@ def command(
     with progress("evaluating") as tell:
         report = evaluate(model, data, cut=cut, settings=settings, reference=against, tell=tell)
     show(report, evaluation, as_json=as_json)
+
+
+def _refuse_alone(context: click.Context) -> None:
+    """Options that only mean something beside --reference."""
+    for name in ("agreement", "reference_compute", "reference_kv_cache_dtype"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs a --reference.")
 
 
 def take(options: dict[str, Any]) -> tuple[Any, Any]:

@@ -48,9 +48,11 @@ ENGINE = {
     "max_model_len": click.option(
         "--max-model-len", type=click.IntRange(min=1), help="Tokens of prompt and answer.  [default: what fits]"
     ),
-    "max_num_seqs": click.option("--max-num-seqs", type=click.IntRange(min=1), help="Sequences in one step."),
+    "max_num_seqs": click.option(
+        "--max-num-seqs", type=click.IntRange(min=1), help="Sequences in one step at most.  [default: 64]"
+    ),
     "max_num_batched_tokens": click.option(
-        "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens in one step."
+        "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens in one step at most.  [default: 512]"
     ),
     "prefix_cache_file": click.option(
         "--prefix-cache-file", type=click.Path(dir_okay=False), help="Keep idle prefixes in this file, also for later."
@@ -92,6 +94,11 @@ def engine_options(function: F) -> F:
     return _add(function, ENGINE)
 
 
+def measured_engine_options(function: F) -> F:
+    """`engine_options` without those of the prefix cache, which measurements leave off."""
+    return _add(function, {name: option for name, option in ENGINE.items() if not name.startswith("prefix_cache")})
+
+
 def sampling_options(function: F) -> F:
     """Add the options of SAMPLING to a command."""
     return _add(function, SAMPLING)
@@ -108,7 +115,7 @@ def take_engine(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for one that would do nothing without another.
     """
-    engine = {name: value for name in ENGINE if (value := options.pop(name)) is not None}
+    engine = {name: value for name in ENGINE if (value := options.pop(name, None)) is not None}
     if "prefix_cache_bytes" in engine and "prefix_cache_file" not in engine:
         raise UsageError("--prefix-cache-bytes bounds a file that is not named.", "Add --prefix-cache-file FILE.")
     return engine
