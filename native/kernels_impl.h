@@ -37,12 +37,12 @@ MIAOTUI_INLINE F16x exp_lanes(F16x x) {
 
 MIAOTUI_INLINE F16x tanh_lanes(F16x x) {  // 1 - 2 / (exp(2x) + 1)
   F16x e = exp_lanes(min(add(x, x), splat(80.0f)));
-  return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
+  return sub(splat(1.0f), mul(splat(2.0f), reciprocal(add(e, splat(1.0f)))));
 }
 
 MIAOTUI_INLINE F16x act_lanes(F16x x, Act act) {
   switch (act) {
-    case Act::Silu: return div(x, add(splat(1.0f), exp_lanes(sub(zero(), x))));
+    case Act::Silu: return mul(x, reciprocal(add(splat(1.0f), exp_lanes(sub(zero(), x)))));
     case Act::GeluTanh: {
       F16x inner = mul(splat(0.7978845608028654f), fma(mul(mul(x, x), x), splat(0.044715f), x));
       return mul(mul(splat(0.5f), x), add(splat(1.0f), tanh_lanes(inner)));
@@ -294,6 +294,15 @@ MIAOTUI_INLINE F16x soften(F16x x, float cap) {
 inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up) {
   const Epilogue& e = args.epilogue;
   const int at = panel * kRowsPerPanel, left = args.weight->n - at, n = left < 16 ? left : 16;
+  if (n == 16 && !up && !e.bias && e.softcap == 0.0f && args.act == Act::None) {  // most of the time
+    const F16x scale = splat(e.scale);
+    for (int r = 0; r < rows; ++r) {
+      F16x y = mul(load(result + r * 16), scale);
+      if (e.add) y = add(y, load(e.add + (row0 + r) * e.add_stride + at));
+      store(e.out + (row0 + r) * e.out_stride + at, y);
+    }
+    return;
+  }
   const F16x bias = e.bias ? load_n(e.bias + at, n) : zero();
   const F16x up_bias = args.up_bias ? load_n(args.up_bias + at, n) : zero();
   const F16x scale = splat(e.scale);
@@ -317,7 +326,8 @@ constexpr int kSecondLevel = 384 << 10;  // bytes of panels that stay in the sec
 // once, and what a tile reads is near.
 inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up) {
   const Weight& w = *args.weight;
-  const int fitting = kFirstLevel / static_cast<int>(QuantRows::bytes(w.k_pad)) / kMaxTile * kMaxTile;
+  const int touched = w.k_pad + w.k_pad / 32 * 12;  // of a row: codes, scales, sums
+  const int fitting = kFirstLevel / touched / kMaxTile * kMaxTile;
   const int chunk = fitting < kMaxTile ? kMaxTile : fitting > kRowChunk ? kRowChunk : fitting;
   const size_t bytes = (w.panel_bytes + w.panel_scale_bytes) * (args.up ? 2 : 1);
   const int most = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
@@ -419,29 +429,56 @@ inline void norm(const float* x, const float* weight, const float* bias, const f
   });
 }
 
+MIAOTUI_INLINE void round_group(float most, F16x& a, F16x& b) {
+  const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+  a = round(mul(a, inverse)), b = round(mul(b, inverse));
+}
+
+// Group g of the row: its codes (as whole floats), whose sums are low and high.
+MIAOTUI_INLINE void put_group(const QuantRows& tile, int g, int m, int row, float most, F16x a, F16x b, float low,
+                              float high) {
+  const int at = g * m + row, at16 = 2 * g * m + row;
+  const float scale = most * (1.0f / 127.0f);
+  store_int8(tile.q + at * 32, to_int(a));
+  store_int8(tile.q + at * 32 + 16, to_int(b));
+  tile.scale[at] = scale;
+  tile.minus32[at] = -8 * static_cast<int32_t>(low + high);
+  tile.total32[at] = scale * (low + high);
+  tile.minus16[at16] = -8 * static_cast<int32_t>(low);
+  tile.minus16[at16 + m] = -8 * static_cast<int32_t>(high);
+  tile.total16[at16] = scale * low;
+  tile.total16[at16 + m] = scale * high;
+}
+
 // Dynamic int8, symmetric, per 32 elements: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)).
 inline void quantise(const float* x, int k, const QuantRows& to, int row) {
   int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
   while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
   const QuantRows tile = to.from(begin, m);
   row -= begin;
-  for (int g = 0; g < to.k_pad / 32; ++g) {
-    const int left = k - g * 32, at = g * m + row, at16 = 2 * g * m + row;
-    const F16x a = load_n(x + g * 32, left >= 16 ? 16 : left < 0 ? 0 : left);
-    const F16x b = left > 16 ? load_n(x + g * 32 + 16, left >= 32 ? 16 : left - 16) : zero();
+  const int groups = to.k_pad / 32, whole = k / 32;
+  int g = 0;
+  for (; g + 4 <= whole; g += 4) {  // four at a time share their reductions
+    F16x a[4], b[4];
+    float most[4], low[4], high[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) a[i] = load(x + (g + i) * 32), b[i] = load(x + (g + i) * 32 + 16);
+    reduce_max_four(max(abs(a[0]), abs(b[0])), max(abs(a[1]), abs(b[1])), max(abs(a[2]), abs(b[2])),
+                    max(abs(a[3]), abs(b[3])), most);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) round_group(most[i], a[i], b[i]);
+    reduce_add_four(a[0], a[1], a[2], a[3], low);
+    reduce_add_four(b[0], b[1], b[2], b[3], high);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) put_group(tile, g + i, m, row, most[i], a[i], b[i], low[i], high[i]);
+  }
+  for (; g < groups; ++g) {
+    const int left = k - g * 32;
+    F16x a = load_n(x + g * 32, left >= 16 ? 16 : left < 0 ? 0 : left);
+    F16x b = left > 16 ? load_n(x + g * 32 + 16, left >= 32 ? 16 : left - 16) : zero();
     const float most = reduce_max(max(abs(a), abs(b)));
-    const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-    const F16x qa = round(mul(a, inverse)), qb = round(mul(b, inverse));
-    store_int8(tile.q + at * 32, to_int(qa));
-    store_int8(tile.q + at * 32 + 16, to_int(qb));
-    const float scale = most / 127.0f, sa = reduce_add(qa), sb = reduce_add(qb);
-    tile.scale[at] = scale;
-    tile.minus32[at] = -8 * static_cast<int32_t>(sa + sb);
-    tile.total32[at] = scale * (sa + sb);
-    tile.minus16[at16] = -8 * static_cast<int32_t>(sa);
-    tile.minus16[at16 + m] = -8 * static_cast<int32_t>(sb);
-    tile.total16[at16] = scale * sa;
-    tile.total16[at16 + m] = scale * sb;
+    round_group(most, a, b);
+    put_group(tile, g, m, row, most, a, b, reduce_add(a), reduce_add(b));
   }
 }
 

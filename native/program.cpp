@@ -28,7 +28,7 @@ const std::vector<Isa>& available_isas() {
 }
 
 Program::Program(std::shared_ptr<Pool> pool, const Isa& isa, Limits limits, size_t arena_floats)
-    : pool_(std::move(pool)), limits_(limits), arena_(arena_floats * sizeof(float) + 64, Pages::small) {
+    : pool_(std::move(pool)), limits_(limits), arena_(arena_floats * sizeof(float) + 64, Pages::huge) {
   context_.threads = pool_->threads();
   context_.kernels = isa.kernels;
   context_.attention = isa.attention;
@@ -43,8 +43,8 @@ void Program::finish() {
     attention = std::max(attention, op->attention_bytes(limits_, threads()));
   }
   scratch = round_up(scratch, 4096);
-  workspace_ = Memory(workspace + 64, Pages::small);
-  scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64, Pages::small);
+  workspace_ = Memory(workspace + 64, Pages::huge);
+  scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64, Pages::huge);
   attention_scratch_ = Memory(attention + 64, Pages::small);
   next_linear_.assign(ops_.size(), nullptr);
   const Op* next = nullptr;

@@ -35,6 +35,7 @@ MIAOTUI_INLINE F16x add(F16x x, F16x y) { return {_mm256_add_ps(x.a, y.a), _mm25
 MIAOTUI_INLINE F16x sub(F16x x, F16x y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 MIAOTUI_INLINE F16x mul(F16x x, F16x y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 MIAOTUI_INLINE F16x div(F16x x, F16x y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x reciprocal(F16x a) { return div(splat(1.0f), a); }
 MIAOTUI_INLINE F16x fma(F16x x, F16x y, F16x z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -61,6 +62,12 @@ MIAOTUI_INLINE float reduce_max(F16x x) {
   __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
   c = _mm_max_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+MIAOTUI_INLINE void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+}
+MIAOTUI_INLINE void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  out[0] = reduce_max(a), out[1] = reduce_max(b), out[2] = reduce_max(c), out[3] = reduce_max(d);
 }
 MIAOTUI_INLINE F16x pow2(I16x n) {
   const __m256i bias = _mm256_set1_epi32(127);

@@ -19,6 +19,11 @@ MIAOTUI_INLINE F16x add(F16x a, F16x b) { return _mm512_add_ps(a, b); }
 MIAOTUI_INLINE F16x sub(F16x a, F16x b) { return _mm512_sub_ps(a, b); }
 MIAOTUI_INLINE F16x mul(F16x a, F16x b) { return _mm512_mul_ps(a, b); }
 MIAOTUI_INLINE F16x div(F16x a, F16x b) { return _mm512_div_ps(a, b); }
+// 1 / a to within 2^-27: the estimate of 14 bits and one step of Newton's.
+MIAOTUI_INLINE F16x reciprocal(F16x a) {
+  F16x r = _mm512_rcp14_ps(a);
+  return _mm512_mul_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(2.0f)));
+}
 MIAOTUI_INLINE F16x fma(F16x a, F16x b, F16x c) { return _mm512_fmadd_ps(a, b, c); }
 MIAOTUI_INLINE F16x max(F16x a, F16x b) { return _mm512_max_ps(a, b); }
 MIAOTUI_INLINE F16x min(F16x a, F16x b) { return _mm512_min_ps(a, b); }
@@ -33,6 +38,23 @@ MIAOTUI_INLINE float reduce_add(F16x a) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 MIAOTUI_INLINE float reduce_max(F16x a) { return _mm512_reduce_max_ps(a); }
+// Four vectors reduced together, in reduce_add's tree; out[i] is that of the i-th.
+template <typename F>
+MIAOTUI_INLINE void reduce_four(F16x a, F16x b, F16x c, F16x d, float* out, F&& join) {
+  const F16x ab = join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  const F16x cd = join(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+  F16x all = join(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  all = join(all, _mm512_permute_ps(all, 0x4E));
+  all = join(all, _mm512_permute_ps(all, 0xB1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+}
+MIAOTUI_INLINE void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  reduce_four(a, b, c, d, out, [](F16x x, F16x y) __attribute__((always_inline)) { return _mm512_add_ps(x, y); });
+}
+MIAOTUI_INLINE void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  reduce_four(a, b, c, d, out, [](F16x x, F16x y) __attribute__((always_inline)) { return _mm512_max_ps(x, y); });
+}
 MIAOTUI_INLINE F16x pow2(I16x n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
 }

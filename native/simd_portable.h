@@ -49,6 +49,7 @@ inline F16x div(F16x a, F16x b) {
   MIAOTUI_LANES a.v[i] /= b.v[i];
   return a;
 }
+inline F16x reciprocal(F16x a) { return div(splat(1.0f), a); }
 inline F16x fma(F16x a, F16x b, F16x c) {
   MIAOTUI_LANES c.v[i] += a.v[i] * b.v[i];
   return c;
@@ -89,6 +90,12 @@ inline float reduce_max(F16x a) {
   float m = a.v[0];
   for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
+}
+inline void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+}
+inline void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
+  out[0] = reduce_max(a), out[1] = reduce_max(b), out[2] = reduce_max(c), out[3] = reduce_max(d);
 }
 inline F16x pow2(I16x n) {  // 2^n for n in [-126, 127]
   F16x r;
