@@ -68,7 +68,7 @@ def assemble(model: str, settings: Settings) -> tuple[LoadedModel, Engine]:
         unfinished.callback(loaded.executor.close)
         draft = None
         if guesses is not None and guesses.model is not None:
-            draft = load(guesses.model, **settings.shared)
+            draft = load(guesses.model, **settings.shared, beside=loaded.executor)
             unfinished.callback(draft.executor.close)
             check_same_tokens(draft.tokenizer, loaded.tokenizer, guesses.model)
         config = _config(settings, loaded, None if draft is None else draft.executor)

@@ -64,12 +64,14 @@ def load(
     max_num_batched_tokens: int = 512,
     max_logits_rows: int | None = None,
     threads: int | None = None,
+    beside: Executor | None = None,
 ) -> LoadedModel:
     """Load MODEL. Weights are streamed: beside what the backend keeps, one stacked matrix at most is in memory.
 
     device: `cpu` (what `auto` means), `cuda`, or `reference` (PyTorch on the CPU). compute: `fp32` keeps activations
     exact where `auto` quantises them. kv_cache_dtype: `bf16` (what `auto` means), `fp32`, `int8`.
     max_model_len: None for what the model's configuration promises. The executor's cache is not allocated yet.
+    beside: an executor of the same device whose threads to share; the two must never run at the same time.
 
     Raises UsageError, ModelNotFoundError, CheckpointError, UnsupportedModelError, DependencyError, ResourceError.
     """
@@ -84,6 +86,7 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
         max_logits_rows=max_logits_rows,
         threads=threads,
+        beside=beside,
         keep_packed=not dummy.is_dummy(model),
     )
     return LoadedModel(spec, tokenizer, executor, checkpoint)
@@ -111,6 +114,7 @@ def build(
     max_num_batched_tokens: int = 512,
     max_logits_rows: int | None = None,
     threads: int | None = None,
+    beside: Executor | None = None,
     keep_packed: bool = True,
 ) -> tuple[ModelSpec, Executor]:
     """`load` without text: only the checkpoint's configuration and weights are read.
@@ -134,7 +138,7 @@ def build(
     )
     cache = CacheSpec(tuple(layer.attention for layer in spec.layers), cache_type)
     with _packed_file(checkpoint, make_backend is _cpu and keep_packed) as store:
-        backend = make_backend(shape, cache, compute_type, threads, store)
+        backend = make_backend(shape, cache, compute_type, threads, store, beside)
         weights = prepare_weights(backend.ops, spec, names, checkpoint)
     return spec, backend.record(lambda ops: forward(ops, spec, weights))
 
@@ -171,18 +175,20 @@ def _length(spec: ModelSpec, wanted: int | None) -> int:
 
 
 # -- backends, each resolved once ------------------------------------------------------------------------
-MakeBackend = Callable[[StepShape, CacheSpec, ComputeType, int | None, Any], Backend[Any]]
+MakeBackend = Callable[[StepShape, CacheSpec, ComputeType, int | None, Any, Any], Backend[Any]]
 
 
-def _cpu(shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, store: Any) -> Backend[Any]:
+def _cpu(
+    shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, store: Any, beside: Any
+) -> Backend[Any]:
     from miaotui.backends.cpu import CpuBackend
 
-    return CpuBackend(shape, cache, compute=compute, threads=threads, store=store)
+    return CpuBackend(shape, cache, compute=compute, threads=threads, store=store, beside=beside)
 
 
 def _torch(device: str) -> MakeBackend:
     def make(
-        shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, _store: None
+        shape: StepShape, cache: CacheSpec, compute: ComputeType, threads: int | None, _store: None, _beside: Any
     ) -> Backend[Any]:
         try:
             from miaotui.backends.reference.backend import ReferenceBackend

@@ -24,6 +24,7 @@ class CpuBackend:
 
     compute "auto" multiplies integer weights with activations quantised to int8 per 32 elements; "fp32" computes
     everything in float32, exactly as stored. `isa` names an instruction set of `_native.isas()` (default: the best).
+    `beside` lends its threads: the two executors must never run at the same time.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class CpuBackend:
         isa: str | None = None,
         fuse: bool = True,
         store: WeightStore | None = None,
+        beside: CpuExecutor | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads cannot compute anything.", "Give --threads a positive number.")
@@ -44,7 +46,7 @@ class CpuBackend:
         self._quantised = compute == "auto"
         self._isa = isa or _native.isas()[0]
         self._fuse = fuse
-        self._pool = _native.Pool(threads or detect.usable_cores())
+        self._pool = beside.pool if beside is not None else _native.Pool(threads or detect.usable_cores())
         self._ops = CpuOps(self._pool, store)
 
     @property
@@ -81,7 +83,7 @@ class CpuBackend:
         program.finish()
         cache_format = f"cpu {self._isa} {self.cache.type} quantised={self._quantised} fuse={self._fuse} {_build()}"
         work = [(0, 0, False)] * len(ropes) + [_op_weights(node, parts) for node, parts in ops]
-        return CpuExecutor(program, (places.offset[logits], logits.width), rows, work, cache_format)
+        return CpuExecutor(program, (places.offset[logits], logits.width), rows, work, cache_format, self._pool)
 
 
 class CpuExecutor:
@@ -94,8 +96,10 @@ class CpuExecutor:
         shape: StepShape,
         op_weights: list[tuple[int, int, bool]],
         cache_format: str,
+        pool: _native.Pool,
     ) -> None:
         self.shape = shape
+        self.pool = pool
         self.cache_format = cache_format
         self.vocab_size = logits[1]
         self.weight_bytes = sum(weight_bytes for weight_bytes, _, _ in op_weights)
@@ -141,7 +145,7 @@ class CpuExecutor:
         return self._op_weights
 
     def close(self) -> None:
-        del self._logits, self._program
+        del self._logits, self._program, self.pool
 
 
 def _ropes(nodes: list[Node]) -> list[Rope]:
