@@ -216,7 +216,8 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
                    const std::vector<int64_t>& columns, const std::vector<std::optional<Array1<float>>>& biases,
                    std::optional<Array1<float>> norm_weight, std::optional<Array1<float>> norm_bias, float norm_eps,
                    bool norm_layer, const std::optional<Place>& add, float scale, float softcap, const std::string& act,
-                   bool gated, bool quantised, bool of_logits, std::optional<Array1<int32_t>> perm, const Place& out) {
+                   bool gated, bool quantised, bool of_logits, std::optional<Array1<int32_t>> perm, bool hands_on,
+                   bool handed, const Place& out) {
   auto op = std::make_unique<LinearOp>();
   op->name = name;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -241,6 +242,14 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   op->gated = gated;
   op->quantised = quantised;
   op->of_logits = of_logits;
+  op->hands_on = hands_on;
+  op->handed = handed;
+  bool integer = quantised;
+  for (const auto& weight : weights) integer = integer && weight->view.integer();
+  if ((hands_on || handed) && (!integer || perm || of_logits))
+    throw std::invalid_argument("only integer linears hand on");
+  if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
+    throw std::invalid_argument("what is handed on comes in whole groups of 32 columns of one part");
   program.add(std::move(op));
 }
 
@@ -394,7 +403,7 @@ NB_MODULE(_native, module) {
       .def("activate", &record_activate, "x"_a, "act"_a, "gated"_a, "out"_a)
       .def("linear", &record_linear, "name"_a, "x"_a, "weights"_a, "columns"_a, "biases"_a, "norm_weight"_a.none(),
            "norm_bias"_a.none(), "norm_eps"_a, "norm_layer"_a, "add"_a.none(), "scale"_a, "softcap"_a, "act"_a,
-           "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "out"_a)
+           "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "hands_on"_a, "handed"_a, "out"_a)
       .def("experts", &record_experts, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "normalise"_a, "act"_a,
            "quantised"_a, "add"_a.none(), "out"_a)
       .def("rope_and_cache", &record_rope_cache, "shape"_a, "qkv"_a, "cos"_a.none(), "sin"_a.none(), "interleaved"_a,

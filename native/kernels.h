@@ -86,6 +86,7 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
+  const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for in pairs
 };
 
 struct Kernels {
@@ -105,7 +106,7 @@ struct Kernels {
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {
-  return (2 * static_cast<size_t>(k_pad) + 2 * 48) * kRowsPerPanel * sizeof(float) + 64;  // two panels, two results
+  return (2 * static_cast<size_t>(k_pad) + 4 * 48) * kRowsPerPanel * sizeof(float) + 64;  // two panels, four results
 }
 
 const Kernels* kernels_portable();

@@ -291,7 +291,9 @@ MIAOTUI_INLINE F16x soften(F16x x, float cap) {
   return cap == 0.0f ? x : mul(splat(cap), tanh_lanes(div(x, splat(cap))));
 }
 
-inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up) {
+// A panel's results on their way out: rows of `to`, `stride` floats apart. `row0` is the first one's place in the step.
+inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up,
+                   float* to, size_t stride) {
   const Epilogue& e = args.epilogue;
   const int at = panel * kRowsPerPanel, left = args.weight->n - at, n = left < 16 ? left : 16;
   if (n == 16 && !up && !e.bias && e.softcap == 0.0f && args.act == Act::None) {  // most of the time
@@ -299,7 +301,7 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
     for (int r = 0; r < rows; ++r) {
       F16x y = mul(load(result + r * 16), scale);
       if (e.add) y = add(y, load(e.add + (row0 + r) * e.add_stride + at));
-      store(e.out + (row0 + r) * e.out_stride + at, y);
+      store(to + r * stride, y);
     }
     return;
   }
@@ -314,24 +316,86 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
       y = act_lanes(y, args.act);
     y = mul(y, scale);
     if (e.add) y = add(y, load_n(e.add + (row0 + r) * e.add_stride + at, n));
-    store_n(e.out + (row0 + r) * e.out_stride + at, soften(y, e.softcap), n);
+    store_n(to + r * stride, soften(y, e.softcap), n);
   }
+}
+
+inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up) {
+  const Epilogue& e = args.epilogue;
+  finish(args, panel, row0, rows, result, up, e.out + row0 * e.out_stride + panel * kRowsPerPanel, e.out_stride);
 }
 
 constexpr int kRowChunk = 48;            // rows whose results wait for the epilogue at once; a multiple of every tile
 constexpr int kFirstLevel = 28 << 10;    // bytes of activations that stay beside a panel in the first-level cache
 constexpr int kSecondLevel = 384 << 10;  // bytes of panels that stay in the second-level cache
 
+MIAOTUI_INLINE void round_group(float most, F16x& a, F16x& b) {
+  const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+  a = round(mul(a, inverse)), b = round(mul(b, inverse));
+}
+
+// Four groups at once share their reductions: a and b become whole floats, low and high their sums.
+MIAOTUI_INLINE void round_four(F16x (&a)[4], F16x (&b)[4], float (&most)[4], float (&low)[4], float (&high)[4]) {
+  reduce_max_four(max(abs(a[0]), abs(b[0])), max(abs(a[1]), abs(b[1])), max(abs(a[2]), abs(b[2])),
+                  max(abs(a[3]), abs(b[3])), most);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) round_group(most[i], a[i], b[i]);
+  reduce_add_four(a[0], a[1], a[2], a[3], low);
+  reduce_add_four(b[0], b[1], b[2], b[3], high);
+}
+
+// Group g of the row: its codes (as whole floats), whose sums are low and high.
+MIAOTUI_INLINE void put_group(const QuantRows& tile, int g, int m, int row, float most, F16x a, F16x b, float low,
+                              float high) {
+  const int at = g * m + row, at16 = 2 * g * m + row;
+  const float scale = most * (1.0f / 127.0f);
+  store_int8(tile.q + at * 32, to_int(a));
+  store_int8(tile.q + at * 32 + 16, to_int(b));
+  tile.scale[at] = scale;
+  tile.minus32[at] = -8 * static_cast<int32_t>(low + high);
+  tile.total32[at] = scale * (low + high);
+  tile.minus16[at16] = -8 * static_cast<int32_t>(low);
+  tile.minus16[at16 + m] = -8 * static_cast<int32_t>(high);
+  tile.total16[at16] = scale * low;
+  tile.total16[at16 + m] = scale * high;
+}
+
+// Rows of 32 values, side by side, become group `group` of as many rows.
+inline void quantise_columns(const float* values, const QuantRows& to, int group) {
+  for_tiles(to.rows, [&](auto size, int row) {
+    constexpr int M = decltype(size)::value;
+    const QuantRows tile = to.from(row, M);
+    const float* x = values + row * 32;
+    int r = 0;
+    for (; M >= 4 && r + 4 <= M; r += 4, x += 4 * 32) {
+      F16x a[4], b[4];
+      float most[4], low[4], high[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) a[i] = load(x + i * 32), b[i] = load(x + i * 32 + 16);
+      round_four(a, b, most, low, high);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) put_group(tile, group, M, r + i, most[i], a[i], b[i], low[i], high[i]);
+    }
+    for (; r < M; ++r, x += 32) {
+      F16x a = load(x), b = load(x + 16);
+      const float most = reduce_max(max(abs(a), abs(b)));
+      round_group(most, a, b);
+      put_group(tile, group, M, r, most, a, b, reduce_add(a), reduce_add(b));
+    }
+  });
+}
+
 // Panels in blocks that the second-level cache holds, rows in chunks that the first holds: weights come from memory
 // once, and what a tile reads is near.
-inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up) {
+inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up, float* pair) {
   const Weight& w = *args.weight;
   const int touched = w.k_pad + w.k_pad / 32 * 12;  // of a row: codes, scales, sums
   const int fitting = kFirstLevel / touched / kMaxTile * kMaxTile;
   const int chunk = fitting < kMaxTile ? kMaxTile : fitting > kRowChunk ? kRowChunk : fitting;
   const size_t bytes = (w.panel_bytes + w.panel_scale_bytes) * (args.up ? 2 : 1);
   const int most = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
-  const int blocks = (last - first + most - 1) / most, block = blocks ? (last - first + blocks - 1) / blocks : 1;
+  const int blocks = (last - first + most - 1) / most;
+  const int block = blocks ? ((last - first + blocks - 1) / blocks + 1) / 2 * 2 : 2;  // panels of a pair stay together
   for (int begin = first; begin < last; begin += block) {
     const int end = begin + block < last ? begin + block : last;
     for (int row = 0; row < args.rows; row += chunk) {
@@ -340,7 +404,12 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
       for (int panel = begin; panel < end; ++panel) {
         int_panel(w, panel, quant, rows, result);
         if (args.up) int_panel(*args.up, panel, quant, rows, up);
-        finish(args, panel, row, rows, result, args.up ? up : nullptr);
+        if (!args.handed) {
+          finish(args, panel, row, rows, result, args.up ? up : nullptr);
+          continue;
+        }
+        finish(args, panel, row, rows, result, args.up ? up : nullptr, pair + panel % 2 * 16, 32);
+        if (panel % 2) quantise_columns(pair, args.handed->from(row, rows), panel / 2);
       }
     }
   }
@@ -388,8 +457,9 @@ inline void linear_float(const LinearArgs& args, int first, int last, float* res
 
 inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
   float *result = scratch, *up = result + kRowChunk * 16;
-  if (args.integer) return linear_int(args, first, last, result, up);
-  linear_float(args, first, last, result, up, up + kRowChunk * 16);
+  float* after = up + kRowChunk * 16;
+  if (args.integer) return linear_int(args, first, last, result, up, after);
+  linear_float(args, first, last, result, up, after);
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------
@@ -429,27 +499,6 @@ inline void norm(const float* x, const float* weight, const float* bias, const f
   });
 }
 
-MIAOTUI_INLINE void round_group(float most, F16x& a, F16x& b) {
-  const F16x inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-  a = round(mul(a, inverse)), b = round(mul(b, inverse));
-}
-
-// Group g of the row: its codes (as whole floats), whose sums are low and high.
-MIAOTUI_INLINE void put_group(const QuantRows& tile, int g, int m, int row, float most, F16x a, F16x b, float low,
-                              float high) {
-  const int at = g * m + row, at16 = 2 * g * m + row;
-  const float scale = most * (1.0f / 127.0f);
-  store_int8(tile.q + at * 32, to_int(a));
-  store_int8(tile.q + at * 32 + 16, to_int(b));
-  tile.scale[at] = scale;
-  tile.minus32[at] = -8 * static_cast<int32_t>(low + high);
-  tile.total32[at] = scale * (low + high);
-  tile.minus16[at16] = -8 * static_cast<int32_t>(low);
-  tile.minus16[at16 + m] = -8 * static_cast<int32_t>(high);
-  tile.total16[at16] = scale * low;
-  tile.total16[at16 + m] = scale * high;
-}
-
 // Dynamic int8, symmetric, per 32 elements: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)).
 inline void quantise(const float* x, int k, const QuantRows& to, int row) {
   int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
@@ -458,17 +507,12 @@ inline void quantise(const float* x, int k, const QuantRows& to, int row) {
   row -= begin;
   const int groups = to.k_pad / 32, whole = k / 32;
   int g = 0;
-  for (; g + 4 <= whole; g += 4) {  // four at a time share their reductions
+  for (; g + 4 <= whole; g += 4) {
     F16x a[4], b[4];
     float most[4], low[4], high[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) a[i] = load(x + (g + i) * 32), b[i] = load(x + (g + i) * 32 + 16);
-    reduce_max_four(max(abs(a[0]), abs(b[0])), max(abs(a[1]), abs(b[1])), max(abs(a[2]), abs(b[2])),
-                    max(abs(a[3]), abs(b[3])), most);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) round_group(most[i], a[i], b[i]);
-    reduce_add_four(a[0], a[1], a[2], a[3], low);
-    reduce_add_four(b[0], b[1], b[2], b[3], high);
+    round_four(a, b, most, low, high);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) put_group(tile, g + i, m, row, most[i], a[i], b[i], low[i], high[i]);
   }

@@ -36,14 +36,16 @@ Program::Program(std::shared_ptr<Pool> pool, const Isa& isa, Limits limits, size
 }
 
 void Program::finish() {
-  size_t workspace = 0, scratch = 0, attention = 0;
+  size_t workspace = 0, handed = 0, scratch = 0, attention = 0;
   for (const auto& op : ops_) {
     workspace = std::max(workspace, op->workspace_bytes(limits_));
+    handed = std::max(handed, op->handed_bytes(limits_));
     scratch = std::max(scratch, op->scratch_bytes());
     attention = std::max(attention, op->attention_bytes(limits_, threads()));
   }
   scratch = round_up(scratch, 4096);
   workspace_ = Memory(workspace + 64, Pages::huge);
+  handed_ = Memory(handed + 64, Pages::huge);
   scratch_ = Memory(scratch * static_cast<size_t>(threads()) + 64, Pages::huge);
   attention_scratch_ = Memory(attention + 64, Pages::small);
   next_linear_.assign(ops_.size(), nullptr);
@@ -54,6 +56,7 @@ void Program::finish() {
     next = ops_[i].get();
   }
   context_.workspace = workspace_.data();
+  context_.handed = handed_.data();
   context_.attention_scratch = attention_scratch_.data();
   context_.scratch.clear();
   for (int t = 0; t < threads(); ++t) context_.scratch.push_back(scratch_.data() + scratch * static_cast<size_t>(t));

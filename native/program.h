@@ -28,6 +28,7 @@ struct Context {
   const Kernels* kernels = nullptr;
   const AttentionKernels* attention = nullptr;
   uint8_t* workspace = nullptr;   // shared by all threads: a linear's prepared rows
+  uint8_t* handed = nullptr;      // likewise: rows that a linear hands on quantised
   std::vector<uint8_t*> scratch;  // one for each thread
   uint8_t* attention_scratch = nullptr;
 };
@@ -42,6 +43,7 @@ class Op {
   // Starts to bring what this op will read first towards the thread that will read it.
   virtual void prefetch(const Context&, int) const {}
   virtual size_t workspace_bytes(const Limits&) const { return 0; }
+  virtual size_t handed_bytes(const Limits&) const { return 0; }
   virtual size_t scratch_bytes() const { return 0; }
   virtual size_t attention_bytes(const Limits&, int) const { return 0; }
 
@@ -108,7 +110,7 @@ class Program {
 
   std::shared_ptr<Pool> pool_;
   Limits limits_;
-  Memory arena_, workspace_, scratch_, attention_scratch_;
+  Memory arena_, workspace_, handed_, scratch_, attention_scratch_;
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<const Op*> next_linear_;  // behind op i, if op i is a linear itself
   std::vector<std::shared_ptr<PackedWeight>> weights_;

@@ -133,18 +133,31 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
   }
 }
 
-// One thread's share of all parts' panels, counted through: the same memory goes to the same thread at every step.
+size_t LinearOp::handed_bytes(const Limits& limits) const {
+  return hands_on ? PreparedRows::bytes(limits.max_tokens, static_cast<int>(out.width), false, true) : 0;
+}
+
+// The same memory goes to the same thread at every step. Panels whose results are handed on go in pairs: 32 columns.
+void LinearOp::share(const Context& c, int thread, int& first, int& last) const {
+  int total = 0;
+  for (const Part& part : parts) total += part.weight->panels;
+  if (gated) total = parts[0].weight->panels;
+  const int unit = hands_on ? 2 : 1;
+  share_of(total / unit, thread, c.threads, first, last);
+  first *= unit, last *= unit;
+}
+
 void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
   LinearArgs args;
   args.rows = rows(c);
   args.x = from.x;
   args.x_stride = static_cast<size_t>(from.x_stride);
   args.quant = from.quant;
-  int total = 0, first, last;
-  for (const Part& part : parts) total += part.weight->panels;
-  if (gated) total = parts[0].weight->panels;
-  share_of(total, thread, c.threads, first, last);
-  int begin = 0;
+  const QuantRows next =
+      PreparedRows::in(c.handed, args.rows, static_cast<int>(out.width), false, true, nullptr, 0).quant;
+  if (hands_on) args.handed = &next;
+  int first, last, begin = 0;
+  share(c, thread, first, last);
   for (size_t i = 0; i < (gated ? 1 : parts.size()); ++i) {
     const Part& part = parts[i];
     const int from_panel = std::max(first - begin, 0), to_panel = std::min(last - begin, part.weight->panels);
@@ -170,10 +183,8 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
 
 void LinearOp::prefetch(const Context& c, int thread) const {
   if (c.step.tokens > kPreparedByEach) return;
-  int total = 0, first, last, begin = 0;
-  for (const Part& part : parts) total += part.weight->panels;
-  if (gated) total = parts[0].weight->panels;
-  share_of(total, thread, c.threads, first, last);
+  int first, last, begin = 0;
+  share(c, thread, first, last);
   for (const Part& part : parts) {
     const Weight& w = *part.weight;
     if (gated) begin = 0;
@@ -198,6 +209,8 @@ void LinearOp::run(const Context& c, int phase, int thread) const {
   float* row = reinterpret_cast<float*>(scratch);
   uint8_t* own = scratch + round_up(2 * static_cast<size_t>(k_pad()) * sizeof(float), 64);
   float* kernel_scratch = reinterpret_cast<float*>(own + prepared_bytes(kPreparedByEach));
+  if (handed)
+    return multiply(c, PreparedRows::in(c.handed, count, k_pad(), false, true, nullptr, 0), thread, kernel_scratch);
   if (!prepares(c)) return multiply(c, prepared_in(nullptr, 0), thread, kernel_scratch);
   if (count <= kPreparedByEach) {
     const PreparedRows mine = prepared_in(own, count);

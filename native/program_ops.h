@@ -77,6 +77,7 @@ struct LinearOp : Op {
   void prefetch(const Context& c, int thread) const override;
   bool streams_weights() const override { return true; }
   size_t workspace_bytes(const Limits& limits) const override;
+  size_t handed_bytes(const Limits& limits) const override;
   size_t scratch_bytes() const override;
 
   std::vector<Part> parts;
@@ -87,13 +88,16 @@ struct LinearOp : Op {
   Act act = Act::None;
   bool gated = false, of_logits = false;
   bool quantised = true;  // integer weights meet int8 activations; false is the exact float32 path
+  bool hands_on = false;  // out goes quantised to the next linear, which takes it `handed`
+  bool handed = false;
 
  private:
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }
   bool any_integer() const;
   bool any_float() const;
   bool float_rows() const;  // whether float rows must be written (normed, permuted or padded) rather than read in place
-  bool prepares(const Context&) const { return any_integer() || float_rows(); }
+  bool prepares(const Context&) const { return !handed && (any_integer() || float_rows()); }
+  void share(const Context& c, int thread, int& first, int& last) const;  // of all parts' panels, counted through
   int k_pad() const { return parts[0].weight->k_pad; }
   PreparedRows prepared_in(uint8_t* memory, int rows) const;
   size_t prepared_bytes(int rows) const;

@@ -56,7 +56,7 @@ class CpuBackend:
     def record(self, forward: Callable[[Ops[Value]], Value]) -> CpuExecutor:
         """Lead the decoder through once and turn what it did into a native program."""
         logits = forward(self._ops)
-        nodes = fused(self._ops.nodes) if self._fuse else self._ops.nodes
+        nodes = fused(self._ops.nodes, self._quantised) if self._fuse else self._ops.nodes
         rows = self.shape
         ropes = _ropes(nodes)
         tables = [rows.max_tokens * len(rope.inv_freq) for rope in ropes for _ in ("cos", "sin")]

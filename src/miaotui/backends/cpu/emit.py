@@ -98,6 +98,8 @@ class Emitter:
             quantised=self.quantised and not node.exact,
             of_logits=node.output.of_logits,
             perm=chosen[0].perm,
+            hands_on=node.hands_on,
+            handed=node.handed,
             out=self._at(node.output),
         )
 

@@ -52,6 +52,9 @@ class LinearNode(Node):
     gated: bool = False
     exact: bool = False
     """Never quantise the input, whatever the weight."""
+    hands_on: bool = False
+    """The result goes to the next linear quantised, and that one is `handed` it."""
+    handed: bool = False
 
 
 @dataclass(eq=False)

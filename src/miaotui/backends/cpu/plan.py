@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from miaotui.backends.cpu.nodes import ActivateNode, LinearNode, Node, NormNode, Value
-from miaotui.backends.cpu.weights import Linear
+from miaotui.backends.cpu.weights import INTEGER, Linear
 from miaotui.backends.ops import StepShape
 
 ALIGN = 16
 """Floats: a place begins on a cache line."""
 
 
-def fused(nodes: list[Node]) -> list[Node]:
-    """Norms into the linear behind them, activations into the linear before them, where nobody else looks."""
+def fused(nodes: list[Node], quantised: bool) -> list[Node]:
+    """Norms into the linear behind them, activations into the linear before them, where nobody else looks; and, where
+    activations are quantised, the quantising of one linear's result into that linear."""
     readers: dict[Value, int] = {}
     for node in nodes:
         for value in node.inputs:
@@ -33,9 +34,25 @@ def fused(nodes: list[Node]) -> list[Node]:
         elif alone and isinstance(node, ActivateNode) and isinstance(source, LinearNode) and _takes(source, node):
             kept.remove(source)
             node = replace(source, output=node.output, activation=node.activation, gated=node.gated)
+        elif alone and isinstance(node, LinearNode) and isinstance(source, LinearNode) and quantised:
+            if _hands_on(source) and _takes_handed(node):
+                source.hands_on = node.handed = True
         kept.append(node)
         made_by[node.output] = node
     return kept
+
+
+def _hands_on(linear: LinearNode) -> bool:
+    """Whether its result can leave quantised: whole groups of columns of integer weights."""
+    parts = linear.weight.parts
+    one = len(parts) == 1 or linear.gated
+    return one and not linear.exact and parts[0].height % 32 == 0 and all(p.packed.code in INTEGER for p in parts)
+
+
+def _takes_handed(linear: LinearNode) -> bool:
+    parts = linear.weight.parts
+    plain = linear.norm is None and not linear.exact and not linear.output.of_logits
+    return plain and all(p.perm is None and p.packed.code in INTEGER for p in parts)
 
 
 def _takes(linear: LinearNode, activate: ActivateNode) -> bool:
