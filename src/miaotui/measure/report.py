@@ -44,7 +44,7 @@ def profile_table(report: dict[str, Any]) -> RenderableType:
 def heading(report: dict[str, Any]) -> list[str]:
     """What was measured, on what."""
     machine, model, limits = report["machine"], report["model"], report["machine"]["ceilings"]
-    made_up = ", random weights" if model["weights"] == "dummy" else ""
+    made_up = ", random weights" if model.get("weights") == "dummy" else ""
     arithmetic = f"int8 {limits['int8'] / 1e12:.2f} TOPS" if model["integer"] else ""
     lines = [
         f"{model['name']} ({model['family']}, {model['weight_bytes'] / 1e6:.1f} MB of weights read a step{made_up})",

@@ -87,7 +87,6 @@ def load(
         max_logits_rows=max_logits_rows,
         threads=threads,
         beside=beside,
-        keep_packed=not dummy.is_dummy(model),
     )
     return LoadedModel(spec, tokenizer, executor, checkpoint)
 
@@ -145,8 +144,8 @@ def build(
 
 @contextmanager
 def _packed_file(checkpoint: Checkpoint, wanted: bool) -> Iterator[PackedFile | None]:
-    """The checkpoint's packed weights on disk, saved when the load that needed them ends well."""
-    if not wanted or checkpoint.nbytes < LEAST_TO_KEEP:
+    """The checkpoint's packed weights on disk, saved when the load that needed them ends well; not made-up ones."""
+    if not wanted or isinstance(checkpoint, dummy.DummyCheckpoint) or checkpoint.nbytes < LEAST_TO_KEEP:
         yield None
         return
     from miaotui.model.packed import PackedFile
