@@ -18,9 +18,9 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
+from typing import Protocol
 
 from miaotui.backends.ops import BLOCK_SIZE
-from miaotui.engine.paging import Pager
 
 BlockTable = array
 """An `array('i')` of block numbers. Append-only: a changed table is a new array, so that identity means content."""
@@ -39,6 +39,20 @@ def extend_chain(chain: list[bytes], tokens: array[int], blocks: int) -> None:
         parent = chain[-1] if chain else b""
         content = tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE].tobytes()
         chain.append(blake2b(parent + content, digest_size=16).digest())
+
+
+class Pager(Protocol):
+    """Where the block manager sends what it evicts, by hash, and finds it again."""
+
+    def __contains__(self, digest: bytes) -> bool: ...
+
+    def save(self, digest: bytes, block: int) -> None:
+        """Keep the content of a cache block that is about to be overwritten."""
+        ...
+
+    def load(self, digest: bytes, block: int) -> bool:
+        """Fill a cache block. False when its content is no longer there, or is damaged."""
+        ...
 
 
 class BlockManager:

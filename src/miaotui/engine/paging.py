@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,22 +17,8 @@ from miaotui.model.spec import ModelSpec
 PREFIX_CACHE_BYTES = 1 << 30
 
 
-class Pager(Protocol):
-    """Where the block manager sends what it evicts, by hash, and finds it again."""
-
-    def __contains__(self, digest: bytes) -> bool: ...
-
-    def save(self, digest: bytes, block: int) -> None:
-        """Keep the content of a cache block that is about to be overwritten."""
-        ...
-
-    def load(self, digest: bytes, block: int) -> bool:
-        """Fill a cache block. False when its content is no longer there, or is damaged."""
-        ...
-
-
 class FilePager:
-    """Moves blocks between an executor's cache and a file. Owns the file."""
+    """A `Pager` (blocks.py) that moves blocks between an executor's cache and a file. Owns the file."""
 
     def __init__(self, executor: Executor, file: PrefixFile) -> None:
         self._executor = executor
