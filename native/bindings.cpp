@@ -66,7 +66,7 @@ std::vector<float> floats(const std::optional<Array1<float>>& a) {
 
 // ---- weights ---------------------------------------------------------------------------------------------------
 
-std::shared_ptr<PackedWeight> dense_weight(Pool& pool,
+std::shared_ptr<PackedWeight> dense_weight(Pool& pool, Heap& heap,
                                            nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> data,
                                            const std::string& type) {
   const Code code = type == "float32" ? Code::F32 : type == "float16" ? Code::F16 : Code::BF16;
@@ -74,18 +74,19 @@ std::shared_ptr<PackedWeight> dense_weight(Pool& pool,
   if (data.itemsize() != item) throw std::invalid_argument("the array's item size does not fit " + type);
   const int n = static_cast<int>(data.shape(0)), k = static_cast<int>(data.shape(1));
   nb::gil_scoped_release release;
-  return std::make_shared<PackedWeight>(pack_dense(pool, data.data(), code, n, k));
+  return std::make_shared<PackedWeight>(pack_dense(pool, heap, data.data(), code, n, k));
 }
 
-std::shared_ptr<PackedWeight> gguf_weight(Pool& pool, Array2<uint8_t> rows, const std::string& kind, int width) {
+std::shared_ptr<PackedWeight> gguf_weight(Pool& pool, Heap& heap, Array2<uint8_t> rows, const std::string& kind,
+                                          int width) {
   const size_t block = kind == "Q8_0" ? 34 : kind == "Q4_1" ? 20 : 18;
   if (rows.shape(1) * 32 != block * static_cast<size_t>(width)) throw std::invalid_argument("rows of the wrong size");
   nb::gil_scoped_release release;
   return std::make_shared<PackedWeight>(
-      pack_gguf(pool, rows.data(), kind, static_cast<int>(rows.shape(0)), width, rows.shape(1)));
+      pack_gguf(pool, heap, rows.data(), kind, static_cast<int>(rows.shape(0)), width, rows.shape(1)));
 }
 
-std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Array2<uint8_t> codes, Array2<float> scale,
+std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Heap& heap, Array2<uint8_t> codes, Array2<float> scale,
                                              std::optional<Array2<float>> minimum, int bits, int group,
                                              const std::string& scale_type) {
   const int n = static_cast<int>(codes.shape(0)), k = static_cast<int>(codes.shape(1));
@@ -96,8 +97,8 @@ std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Array2<uint8_t> codes, 
     throw std::invalid_argument("minimum of a wrong shape");
   const ScaleType type = scale_type_named(scale_type);
   nb::gil_scoped_release release;
-  return std::make_shared<PackedWeight>(
-      pack_grouped(pool, codes.data(), scale.data(), minimum ? minimum->data() : nullptr, bits, group, type, n, k));
+  return std::make_shared<PackedWeight>(pack_grouped(pool, heap, codes.data(), scale.data(),
+                                                     minimum ? minimum->data() : nullptr, bits, group, type, n, k));
 }
 
 // (code, scale type, minima, rows, width, padded width, fold, folds a group, groups): with the panels'
@@ -364,11 +365,14 @@ NB_MODULE(_native, module) {
            nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("threads", &Pool::threads);
 
+  nb::class_<Heap>(module, "Heap", "Memory on huge pages where weights lie in the order in which they are packed.")
+      .def(nb::init<>());
+
   nb::class_<PackedWeight>(module, "PackedWeight", "A matrix in the kernels' panels of 16 rows.")
-      .def_static("dense", &dense_weight, "pool"_a, "data"_a, "type"_a)
-      .def_static("gguf", &gguf_weight, "pool"_a, "rows"_a, "kind"_a, "width"_a)
-      .def_static("grouped", &grouped_weight, "pool"_a, "codes"_a, "scale"_a, "minimum"_a.none(), "bits"_a, "group"_a,
-                  "scale_type"_a)
+      .def_static("dense", &dense_weight, "pool"_a, "heap"_a, "data"_a, "type"_a)
+      .def_static("gguf", &gguf_weight, "pool"_a, "heap"_a, "rows"_a, "kind"_a, "width"_a)
+      .def_static("grouped", &grouped_weight, "pool"_a, "heap"_a, "codes"_a, "scale"_a, "minimum"_a.none(), "bits"_a,
+                  "group"_a, "scale_type"_a)
       .def_static("mapped", &mapped_weight, "form"_a, "data"_a, "Over bytes that were packed before; they stay mapped.")
       .def_prop_ro("form", &form_of)
       .def_prop_ro("raw", [](nb::handle self) { return raw_bytes(self); })

@@ -366,8 +366,8 @@ inline void quantise_columns(const float* values, const QuantRows& to, int group
     constexpr int M = decltype(size)::value;
     const QuantRows tile = to.from(row, M);
     const float* x = values + row * 32;
-    int r = 0;
-    for (; M >= 4 && r + 4 <= M; r += 4, x += 4 * 32) {
+    constexpr int kFours = M / 4 * 4;
+    for (int r = 0; r < kFours; r += 4, x += 4 * 32) {
       F16x a[4], b[4];
       float most[4], low[4], high[4];
 #pragma GCC unroll 4
@@ -376,7 +376,7 @@ inline void quantise_columns(const float* values, const QuantRows& to, int group
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) put_group(tile, group, M, r + i, most[i], a[i], b[i], low[i], high[i]);
     }
-    for (; r < M; ++r, x += 32) {
+    for (int r = kFours; r < M; ++r, x += 32) {
       F16x a = load(x), b = load(x + 16);
       const float most = reduce_max(max(abs(a), abs(b)));
       round_group(most, a, b);

@@ -33,11 +33,12 @@ void point_into(Weight& w, const uint8_t* bytes, size_t codes, size_t scales) {
 }
 
 // Takes the memory: codes, then scales, then minima, each panel after panel.
-void lay_out(PackedWeight& packed) {
+void lay_out(PackedWeight& packed, Heap& heap) {
   const auto [codes, scales] = measure(packed.view);
   packed.size = codes + scales * (packed.view.has_min ? 2 : 1);
-  packed.memory = Memory(packed.size);
-  point_into(packed.view, packed.memory.data(), codes, scales);
+  Heap::Part part = heap.take(packed.size);
+  packed.owner = std::move(part.owner);
+  point_into(packed.view, part.data, codes, scales);
 }
 
 uint8_t* mutable_bytes(const uint8_t* p) { return const_cast<uint8_t*>(p); }
@@ -133,11 +134,11 @@ PackedWeight packed_at(const Weight& like, const uint8_t* bytes, size_t size, st
   return packed;
 }
 
-PackedWeight pack_dense(Pool& pool, const void* data, Code code, int n, int k) {
+PackedWeight pack_dense(Pool& pool, Heap& heap, const void* data, Code code, int n, int k) {
   PackedWeight packed;
   Weight& w = packed.view;
   w.code = code, w.n = n, w.k = k, w.k_pad = static_cast<int>(round_up(static_cast<size_t>(k), 32));
-  lay_out(packed);
+  lay_out(packed, heap);
   for_panels(pool, w.panels, [&](int p) {
     uint8_t* out = mutable_bytes(w.codes) + p * w.panel_bytes;
     for (int lane = 0; lane < kRowsPerPanel && p * kRowsPerPanel + lane < n; ++lane) {
@@ -158,7 +159,8 @@ PackedWeight pack_dense(Pool& pool, const void* data, Code code, int n, int k) {
   return packed;
 }
 
-PackedWeight pack_gguf(Pool& pool, const uint8_t* rows, const std::string& kind, int n, int k, size_t row_bytes) {
+PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::string& kind, int n, int k,
+                       size_t row_bytes) {
   PackedWeight packed;
   Weight& w = packed.view;
   const bool eight = kind == "Q8_0", with_min = kind == "Q4_1";
@@ -167,7 +169,7 @@ PackedWeight pack_gguf(Pool& pool, const uint8_t* rows, const std::string& kind,
   w.code = eight ? Code::INT8 : Code::INT4;
   w.has_min = with_min;
   w.n = n, w.k = k, w.k_pad = k, w.groups = k / 32;
-  lay_out(packed);
+  lay_out(packed, heap);
   const size_t block_bytes = eight ? 34 : with_min ? 20 : 18, head = with_min ? 4 : 2;
   for_panels(pool, w.panels, [&](int p) {
     for (int lane = 0; lane < kRowsPerPanel && p * kRowsPerPanel + lane < n; ++lane) {
@@ -186,8 +188,8 @@ PackedWeight pack_gguf(Pool& pool, const uint8_t* rows, const std::string& kind,
   return packed;
 }
 
-PackedWeight pack_grouped(Pool& pool, const uint8_t* codes, const float* scale, const float* minimum, int bits,
-                          int group, ScaleType scale_type, int n, int k) {
+PackedWeight pack_grouped(Pool& pool, Heap& heap, const uint8_t* codes, const float* scale, const float* minimum,
+                          int bits, int group, ScaleType scale_type, int n, int k) {
   PackedWeight packed;
   Weight& w = packed.view;
   const int groups = (k + group - 1) / group;
@@ -198,7 +200,7 @@ PackedWeight pack_grouped(Pool& pool, const uint8_t* codes, const float* scale, 
   w.n = n, w.k = k, w.k_pad = static_cast<int>(round_up(static_cast<size_t>(k), 32)), w.groups = groups;
   w.fold = groups > 1 && group % 32 != 0 ? 16 : 32;
   w.folds_per_group = groups == 1 ? w.k_pad / w.fold : group / w.fold;
-  lay_out(packed);
+  lay_out(packed, heap);
   const int shift = w.has_min ? 0 : w.zero() - (1 << (bits - 1));
   for_panels(pool, w.panels, [&](int p) {
     uint8_t* out = mutable_bytes(w.codes) + p * w.panel_bytes;

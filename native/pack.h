@@ -11,10 +11,9 @@
 
 namespace miaotui {
 
-// A weight and the memory that it lies in: its own, or that of a file which `owner` keeps mapped.
+// A weight and what keeps its memory: a heap's slab, or a mapped file.
 struct PackedWeight {
   Weight view;
-  Memory memory;
   std::shared_ptr<void> owner;
   size_t size = 0;  // bytes from view.codes on: codes, scales, minima
 
@@ -25,14 +24,15 @@ struct PackedWeight {
 PackedWeight packed_at(const Weight& like, const uint8_t* bytes, size_t size, std::shared_ptr<void> owner);
 
 // Dense [n, k], row-major: float32, IEEE half or bfloat16 bits; kept in that type.
-PackedWeight pack_dense(Pool& pool, const void* data, Code code, int n, int k);
+PackedWeight pack_dense(Pool& pool, Heap& heap, const void* data, Code code, int n, int k);
 
 // GGUF blocks Q4_0, Q4_1 or Q8_0, rows of row_bytes. Scales and minima stay the file's own halves.
-PackedWeight pack_gguf(Pool& pool, const uint8_t* rows, const std::string& kind, int n, int k, size_t row_bytes);
+PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::string& kind, int n, int k,
+                       size_t row_bytes);
 
 // Codes [n, k] one to a byte, scale (and minimum, or null) [n, groups] float32. `group` divides by 16.
 // Scales are stored as scale_type, in which they must be exact.
-PackedWeight pack_grouped(Pool& pool, const uint8_t* codes, const float* scale, const float* minimum, int bits,
-                          int group, ScaleType scale_type, int n, int k);
+PackedWeight pack_grouped(Pool& pool, Heap& heap, const uint8_t* codes, const float* scale, const float* minimum,
+                          int bits, int group, ScaleType scale_type, int n, int k);
 
 }  // namespace miaotui

@@ -55,7 +55,7 @@ class LinearProgram:
         count, width = rows.shape
         self.count, self.height = count, weight.height
         self.program = _native.Program(pool, isa, count, 1, 1, 64, 2 * count * (width + 2 * weight.height) + 64)
-        table = matrix(pool, DenseTensor("float32", rows))
+        table = matrix(pool, _native.Heap(), DenseTensor("float32", rows))
         self.out = (-(-count * width // 16) * 16, weight.height)
         given: dict[str, object] = {
             "biases": [None], "norm_weight": None, "norm_bias": None, "norm_eps": 0.0, "norm_layer": False,
@@ -77,7 +77,7 @@ class LinearProgram:
 
 
 def packed(tensor: Tensor) -> Matrix:
-    return matrix(_native.Pool(2), tensor)
+    return matrix(_native.Pool(2), _native.Heap(), tensor)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from miaotui.backends.cpu._native import Pool
+from miaotui.backends.cpu._native import Heap, Pool
 
 from miaotui.backends.cpu.weights import matrix
 from miaotui.errors import UsageError
@@ -29,7 +29,7 @@ def test_values_keep_an_activation_its_size(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_size_is_known_beforehand(name: str) -> None:
     storage = Storage.parse(name)
-    packed = matrix(Pool(1), storage.matrix("x", 64, 512))
+    packed = matrix(Pool(1), Heap(), storage.matrix("x", 64, 512))
     assert storage.nbytes(64, 512) == pytest.approx(packed.nbytes, rel=0.01)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from miaotui.backends.cpu._native import Pool
+from miaotui.backends.cpu._native import Heap, Pool
 from miaotui.backends.cpu.nodes import (
     ActivateNode,
     AttentionNode,
@@ -31,15 +31,16 @@ class CpuOps:
 
     def __init__(self, pool: Pool, store: WeightStore | None = None) -> None:
         self._pool = pool
+        self._heap = Heap()
         self._store = store
         self.nodes: list[Node] = []
 
     # -- weights -----------------------------------------------------------------------------------------
     def prepare_linear(self, parts: Sequence[Tensor], bias: NDArray[np.float32] | None = None) -> Linear:
-        return Linear(tuple(stored_matrix(self._pool, part, self._store) for part in parts), bias)
+        return Linear(tuple(stored_matrix(self._pool, self._heap, part, self._store) for part in parts), bias)
 
     def prepare_embedding(self, table: Tensor) -> Matrix:
-        return stored_matrix(self._pool, table, self._store)
+        return stored_matrix(self._pool, self._heap, table, self._store)
 
     def prepare_norm(
         self,

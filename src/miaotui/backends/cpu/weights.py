@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from miaotui.backends.cpu._native import PackedWeight, Pool
+from miaotui.backends.cpu._native import Heap, PackedWeight, Pool
 from miaotui.quant import pack
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
@@ -85,14 +85,14 @@ def describe(tensor: Tensor) -> str:
     raise AssertionError(f"no packing for {type(tensor).__name__}")
 
 
-def stored_matrix(pool: Pool, tensor: Tensor, store: WeightStore | None) -> Matrix:
+def stored_matrix(pool: Pool, heap: Heap, tensor: Tensor, store: WeightStore | None) -> Matrix:
     """`matrix`, by way of the store when there is one: what it holds is neither read nor packed again."""
     if store is None:
-        return matrix(pool, tensor)
+        return matrix(pool, heap, tensor)
     kept = store.take(describe(tensor))
     if kept is not None:
         return Matrix(kept, _order(tensor) if kept.code in INTEGER else None)
-    made = matrix(pool, tensor)
+    made = matrix(pool, heap, tensor)
     store.put(describe(tensor), made.packed)
     return made
 
@@ -103,25 +103,28 @@ def _order(tensor: Tensor) -> NDArray[np.int32] | None:
     return np.ascontiguousarray(tensor.perm, dtype=np.int32)
 
 
-def matrix(pool: Pool, tensor: Tensor) -> Matrix:
-    """Pack a stored tensor `[out, in]`.
+def matrix(pool: Pool, heap: Heap, tensor: Tensor) -> Matrix:
+    """Pack a stored tensor `[out, in]` into the heap.
 
     Integer codes in groups that are no multiple of 16 have no panel layout; they are held as their exact float32
     values instead.
     """
     if isinstance(tensor, BlockTensor):
         if tensor.kind in PANEL_KINDS:
-            return Matrix(PackedWeight.gguf(pool, np.ascontiguousarray(tensor.data), tensor.kind, tensor.shape[1]))
+            return Matrix(
+                PackedWeight.gguf(pool, heap, np.ascontiguousarray(tensor.data), tensor.kind, tensor.shape[1])
+            )
         tensor = pack.grouped(tensor)
     if isinstance(tensor, DenseTensor):
-        return Matrix(PackedWeight.dense(pool, np.ascontiguousarray(tensor.data), tensor.type))
+        return Matrix(PackedWeight.dense(pool, heap, np.ascontiguousarray(tensor.data), tensor.type))
     assert isinstance(tensor, GroupedTensor)
     width = tensor.shape[1]
     group = tensor.scheme.group_size or width
     if group % FOLD and tensor.scheme.groups(width) > 1:
-        return Matrix(PackedWeight.dense(pool, tensor.dense32(), "float32"))  # in the input's own order
+        return Matrix(PackedWeight.dense(pool, heap, tensor.dense32(), "float32"))  # in the input's own order
     packed = PackedWeight.grouped(
         pool,
+        heap,
         np.ascontiguousarray(tensor.codes),
         np.ascontiguousarray(tensor.scale),
         None if tensor.minimum is None else np.ascontiguousarray(tensor.minimum),
