@@ -11,6 +11,7 @@ namespace {
 
 #include "simd_avx2.h"
 // The lanes must be defined first.
+#include "exp_impl.h"
 #include "kernels_impl.h"
 
 constexpr Kernels table{"avx2", linear, norm, quantise, activate, dequantise_row, argmax};

@@ -19,21 +19,7 @@ MIAOTUI_INLINE F16x load_scale(const uint8_t* p, ScaleType type) {
 
 inline int scale_line(ScaleType type) { return type == ScaleType::F32 ? 64 : 32; }  // bytes of 16 scales
 
-// exp with a relative error below 2e-7: 2^n * p(r), r = x - n ln 2 in two parts, p of degree 6 (Cephes expf).
-MIAOTUI_INLINE F16x exp_lanes(F16x x) {
-  x = min(max(x, splat(-87.0f)), splat(88.0f));
-  F16x n = round(mul(x, splat(1.44269504088896341f)));
-  F16x r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
-  F16x p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(mul(r, r), p, add(r, splat(1.0f)));
-  return mul(p, pow2(to_int(n)));
-}
+MIAOTUI_INLINE F16x exp_lanes(F16x x) { return exp_within(min(max(x, splat(-87.0f)), splat(88.0f))); }
 
 MIAOTUI_INLINE F16x tanh_lanes(F16x x) {  // 1 - 2 / (exp(2x) + 1)
   F16x e = exp_lanes(min(add(x, x), splat(80.0f)));

@@ -10,6 +10,7 @@ namespace {
 #define MIAOTUI_INLINE inline
 #include "simd_portable.h"
 // The lanes must be defined first.
+#include "exp_impl.h"
 #include "kernels_impl.h"
 
 constexpr Kernels table{"portable", linear, norm, quantise, activate, dequantise_row, argmax};

@@ -12,6 +12,7 @@ namespace {
 
 #include "simd_avx2.h"
 // The lanes must be defined first.
+#include "exp_impl.h"
 #include "sampling_impl.h"
 
 constexpr SamplingKernels table{"avx2", largest, greater, weigh, above};

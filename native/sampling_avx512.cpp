@@ -12,6 +12,7 @@ namespace {
 
 #include "simd_avx512.h"
 // The lanes must be defined first.
+#include "exp_impl.h"
 #include "sampling_impl.h"
 
 constexpr SamplingKernels table{"avx512", largest, greater, weigh, above};

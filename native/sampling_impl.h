@@ -1,21 +1,7 @@
 // The passes over a whole row, over sixteen lanes. Included inside a per-instruction-set namespace.
 
-// exp for x ≤ 0 with a relative error below 2e-7, 0 below −87.6 (2^−127 is 0): 2^n · p(r), r = x − n ln 2 in two parts,
-// p of degree 6 (Cephes expf).
-MIAOTUI_INLINE F16x weight_lanes(F16x x) {
-  x = max(x, splat(-88.0f));
-  const F16x n = round(mul(x, splat(1.44269504088896341f)));
-  F16x r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
-  F16x p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(mul(r, r), p, add(r, splat(1.0f)));
-  return mul(p, pow2(to_int(n)));
-}
+// exp for x ≤ 0; 0 below −87.6.
+MIAOTUI_INLINE F16x weight_lanes(F16x x) { return exp_within(max(x, splat(-88.0f))); }
 
 inline float largest(const float* row, int n) {
   F16x m[4] = {splat(-__builtin_inff()), splat(-__builtin_inff()), splat(-__builtin_inff()), splat(-__builtin_inff())};

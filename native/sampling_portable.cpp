@@ -11,6 +11,7 @@ namespace {
 #define MIAOTUI_INLINE inline
 #include "simd_portable.h"
 // The lanes must be defined first.
+#include "exp_impl.h"
 #include "sampling_impl.h"
 
 constexpr SamplingKernels table{"portable", largest, greater, weigh, above};

@@ -60,7 +60,8 @@ class LinearProgram:
         given: dict[str, object] = {
             "biases": [None], "norm_weight": None, "norm_bias": None, "norm_eps": 0.0, "norm_layer": False,
             "add": None, "scale": 1.0, "softcap": 0.0, "act": "none", "gated": False, "quantised": True,
-            "of_logits": False, "perm": None, "hands_on": False, "handed": False, "weights": [weight.packed], "columns": [0],
+            "of_logits": False, "perm": None, "hands_on": False, "handed": False,
+            "weights": [weight.packed], "columns": [0],
         }  # fmt: skip
         given.update(options)
         self.program.embed(table.packed, 1.0, (0, width))

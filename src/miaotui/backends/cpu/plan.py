@@ -7,6 +7,7 @@ linear that feeds it, is the same kernel in another place. `fuse=False` keeps ev
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from miaotui.backends.cpu.nodes import ActivateNode, LinearNode, Node, NormNode, Value
 from miaotui.backends.cpu.weights import INTEGER, Linear
@@ -34,22 +35,26 @@ def fused(nodes: list[Node], quantised: bool) -> list[Node]:
         elif alone and isinstance(node, ActivateNode) and isinstance(source, LinearNode) and _takes(source, node):
             kept.remove(source)
             node = replace(source, output=node.output, activation=node.activation, gated=node.gated)
-        elif alone and isinstance(node, LinearNode) and isinstance(source, LinearNode) and quantised:
-            if _hands_on(source) and _takes_handed(node):
-                source.hands_on = node.handed = True
+        elif alone and quantised and _hands_on(source) and _takes_handed(node):
+            source.hands_on = node.handed = True
         kept.append(node)
         made_by[node.output] = node
     return kept
 
 
-def _hands_on(linear: LinearNode) -> bool:
+def _hands_on(linear: Node | None) -> TypeGuard[LinearNode]:
     """Whether its result can leave quantised: whole groups of columns of integer weights."""
+    if not isinstance(linear, LinearNode):
+        return False
     parts = linear.weight.parts
     one = len(parts) == 1 or linear.gated
     return one and not linear.exact and parts[0].height % 32 == 0 and all(p.packed.code in INTEGER for p in parts)
 
 
-def _takes_handed(linear: LinearNode) -> bool:
+def _takes_handed(linear: Node) -> TypeGuard[LinearNode]:
+    """Whether all that it multiplies is integer and its input comes as it is."""
+    if not isinstance(linear, LinearNode):
+        return False
     parts = linear.weight.parts
     plain = linear.norm is None and not linear.exact and not linear.output.of_logits
     return plain and all(p.perm is None and p.packed.code in INTEGER for p in parts)
