@@ -85,14 +85,34 @@ inline void norm_and_turn(const RopeCacheArgs& args, float* x, int heads, int64_
   }
 }
 
+// The K tile into which a token's kv head goes; its V tile follows.
+template <typename T>
+uint8_t* tiles_of(const RopeCacheArgs& args, int64_t token, int kv_head, int dp) {
+  const StepView& step = *args.step;
+  const int64_t row = static_cast<int64_t>(step.seq_of_token[token]) * step.table_stride;
+  const size_t block = static_cast<size_t>(step.block_table[row + step.positions[token] / kBlockSize]);
+  return args.cache.base + block * args.cache.block_stride + static_cast<size_t>(kv_head) * 2 * T::tile_bytes(dp);
+}
+
 template <typename T>
 void write_cache(const RopeCacheArgs& args, int64_t token, int kv_head, const float* k, const float* v) {
+  const int dp = (args.head_dim + 15) / 16 * 16, offset = args.step->positions[token] % kBlockSize;
+  uint8_t* keys = tiles_of<T>(args, token, kv_head, dp);
+  T::put(keys, keys + T::tile_bytes(dp), k, v, offset, args.head_dim, dp);
+}
+
+constexpr int kTokensAhead = 2;
+
+// A token that continues another sequence than the one before it writes into a block that no one has touched for a
+// step, every position in a line of its own: the tiles are asked for early. Attention reads them next.
+template <typename T>
+void prefetch_cache(const RopeCacheArgs& args, int64_t token, int first, int count) {
   const StepView& step = *args.step;
-  const int dp = (args.head_dim + 15) / 16 * 16, position = step.positions[token];
-  const int64_t row = static_cast<int64_t>(step.seq_of_token[token]) * step.table_stride;
-  const size_t block = static_cast<size_t>(step.block_table[row + position / kBlockSize]), tile = T::tile_bytes(dp);
-  uint8_t* keys = args.cache.base + block * args.cache.block_stride + static_cast<size_t>(kv_head) * 2 * tile;
-  T::put(keys, keys + tile, k, v, position % kBlockSize, args.head_dim, dp);
+  if (token >= step.tokens || step.seq_of_token[token] == step.seq_of_token[token - 1]) return;
+  const int dp = (args.head_dim + 15) / 16 * 16;
+  const uint8_t* tiles = tiles_of<T>(args, token, first, dp);
+  for (size_t i = 0; i < static_cast<size_t>(count) * 2 * T::tile_bytes(dp); i += 64)
+    __builtin_prefetch(tiles + i, 1, 2);
 }
 
 // A unit of work is a kv head of a token with its group of q heads, or the whole token if a norm spans all heads.
@@ -108,6 +128,7 @@ void rope_units(const RopeCacheArgs& args, int thread, int threads) {
     float* row = args.qkv + token * args.stride;
     float* k = row + (args.heads + part * kv) * dim;
     const float* v = k + args.kv_heads * dim;
+    prefetch_cache<T>(args, token + kTokensAhead, part * kv, kv);
     norm_and_turn(args, row + part * q * dim, q, token, args.q_norm, args.q_norm_width, args.q_eps);
     norm_and_turn(args, k, kv, token, args.k_norm, args.k_norm_width, args.k_eps);
     for (int h = 0; h < kv; ++h) write_cache<T>(args, token, part * kv + h, k + h * dim, v + h * dim);

@@ -16,7 +16,7 @@ PROBES = Probes(lambda *_: 50.0, lambda *_: 2.0, lambda *_: 0.5)
 
 
 def test_ops_and_host_make_up_the_step(demo_gguf: Path) -> None:
-    options = {"max_model_len": 640, "max_num_seqs": 2}
+    options = {"max_model_len": 704, "max_num_seqs": 2}
     report = profile.run(Settings(str(demo_gguf), options, []), PROBES)
     names = [case["case"] for case in report["cases"]]
     assert names == ["decode-1@16", "decode-1@512", "prefill-512"]  # 64 sequences do not fit

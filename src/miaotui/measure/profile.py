@@ -74,7 +74,7 @@ def run(settings: Settings, probes: Probes, *, tell: Callable[[str], None] = lam
         threads = settings.options.get("threads") or detect.usable_cores()
         limits = ceilings.measure(probes, threads, working_set)
         longest, most = executor.shape.max_model_len, executor.shape.max_seqs
-        fitting = [c for c in CASES if c.context + c.steps < longest and c.requests <= most]
+        fitting = [c for c in CASES if c.context + 2 * c.steps < longest and c.requests <= most]
         cases = []
         for case in fitting:
             tell(case.name)
@@ -93,10 +93,13 @@ def _profile(subject: Subject, case: Case, limits: Ceilings) -> dict[str, Any]:
     engine = subject.llm.engine
     executor: Any = engine.executor
     decoding = case.new_tokens == 1
-    first = -(-case.requests * case.context // executor.shape.max_tokens) + 2  # prompts, then two steps to warm up
+    chunks = -(-case.context // executor.shape.max_tokens)  # steps that the last prompt may still need
+    prompts = -(-case.requests * case.context // executor.shape.max_tokens)
     for _ in range(case.requests if decoding else 1):
-        _ask(subject, case, first + case.steps if decoding else 1)
-    for _ in range(first if decoding else 0):
+        _ask(subject, case, 2 * (prompts + chunks) + case.steps if decoding else 1)
+    while decoding and engine.stats.waiting:
+        engine.step()
+    for _ in range(chunks + 2 if decoding else 0):  # and two to warm up
         engine.step()
     executor.start_profile()
     started = time.perf_counter()
