@@ -5,6 +5,9 @@
 #ifdef __linux__
 #include <sched.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 #ifdef MIAOTUI_X86
 #include <immintrin.h>
 #endif
@@ -31,6 +34,14 @@ void bind_to(int cpu) {
 #endif
 }
 
+long current_process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<long>(getpid());
+#else
+  return 0;
+#endif
+}
+
 // Longer than the host's work between two steps, so that decoding never pays for waking a thread.
 constexpr auto kSpin = std::chrono::microseconds(300);
 // A few microseconds, the unevenness of shares; a thread that waits longer may be keeping its partner off the core.
@@ -45,20 +56,27 @@ inline void wait_a_little(int round) {
 
 }  // namespace
 
-Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads < 1 ? 1 : threads) {
+Pool::Pool(int threads, const std::vector<int>& cpus)
+    : threads_(threads < 1 ? 1 : threads), process_(current_process()) {
   for (int i = 1; i < threads_; ++i) {
     const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(i) % cpus.size()];
     workers_.emplace_back([this, i, cpu] { worker(i, cpu); });
   }
 }
 
+// A forked child has the pool but not its threads: there is no one to stop, and joining would wait for ever.
 Pool::~Pool() {
+  if (process_ != current_process()) {
+    new std::vector<std::thread>(std::move(workers_));  // neither these nor what they wait on may be destroyed
+    parking_.release();
+    return;
+  }
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(parking_->mutex);
     stop_.store(true);
     epoch_.fetch_add(1);
   }
-  wake_.notify_all();
+  parking_->wake.notify_all();
   for (auto& thread : workers_) thread.join();
 }
 
@@ -71,9 +89,9 @@ bool Pool::wait_for_work(uint64_t seen) {
     wait_a_little(i);
     if (i % 64 == 63 && std::chrono::steady_clock::now() > deadline) break;
   }
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(parking_->mutex);
   sleepers_.fetch_add(1);
-  wake_.wait(lock, [&] { return epoch_.load() != seen; });
+  parking_->wake.wait(lock, [&] { return epoch_.load() != seen; });
   sleepers_.fetch_sub(1);
   return !stop_.load();
 }
@@ -94,8 +112,8 @@ void Pool::run(void (*job)(void*, int), void* context) {
   if (threads_ == 1) return job(context, 0);
   epoch_.fetch_add(1);
   if (sleepers_.load() > 0) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wake_.notify_all();
+    std::lock_guard<std::mutex> lock(parking_->mutex);
+    parking_->wake.notify_all();
   }
   job(context, 0);
   barrier();

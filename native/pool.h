@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -36,6 +37,7 @@ class Pool {
   bool wait_for_work(uint64_t seen);
 
   const int threads_;
+  const long process_;
   std::vector<std::thread> workers_;
   void (*job_)(void*, int) = nullptr;
   void* context_ = nullptr;
@@ -44,8 +46,11 @@ class Pool {
   alignas(64) std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint64_t> generation_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  struct Parking {
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  std::unique_ptr<Parking> parking_ = std::make_unique<Parking>();
 };
 
 // [first, last) of `count` for one thread: contiguous, sizes differing by at most one.

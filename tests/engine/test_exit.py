@@ -42,6 +42,24 @@ def test_a_process_that_closes_nothing_ends_quietly(code: str, demo_gguf: Path) 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+FORKED = """
+import os, sys
+from miaotui import LLM
+llm = LLM("demo", threads=2, max_model_len=256)
+child = os.fork()
+if child == 0:
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_ends_without_the_threads_it_lacks(demo_gguf: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+
+
 def test_closed_twice_and_used_afterwards(toy_model: None) -> None:
     llm = LLM("toy", max_num_seqs=4, max_num_batched_tokens=64)
     stream = llm.stream("hello", GREEDY)

@@ -217,6 +217,10 @@ class Executor(Protocol):
 
     shape: StepShape
 
+    def free_memory(self) -> int:
+        """Bytes that are free where the cache will lie."""
+        ...
+
     def allocate_cache(self, blocks: int) -> None:
         """Give the cache `blocks` blocks, all free. Called once before the first run."""
         ...

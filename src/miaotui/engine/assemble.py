@@ -93,11 +93,9 @@ def _rows(settings: Settings, guesses: SpeculativeConfig) -> int:
 
 
 def _config(settings: Settings, loaded: LoadedModel, draft: Executor | None) -> EngineConfig:
-    from miaotui.hardware.detect import available_memory
-
     executor, wanted = loaded.executor, settings.kv_cache_memory_bytes
-    free = available_memory() if settings.device != "cuda" or wanted is None else wanted
-    fit = fit_cache(executor, free, executor.shape.max_model_len, settings.max_num_seqs, wanted, draft)
+    longest, free = executor.shape.max_model_len, executor.free_memory()
+    fit = fit_cache(executor, free, longest, settings.max_num_seqs, wanted, draft)
     return EngineConfig(
         blocks=fit.blocks,
         max_model_len=fit.max_model_len,

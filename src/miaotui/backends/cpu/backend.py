@@ -108,6 +108,9 @@ class CpuExecutor:
         self._program = program
         self._logits = program.view(logits, shape.max_logits_rows)
 
+    def free_memory(self) -> int:
+        return detect.available_memory()
+
     def allocate_cache(self, blocks: int) -> None:
         self._program.allocate_cache(blocks)
 

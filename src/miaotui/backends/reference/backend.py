@@ -13,6 +13,7 @@ from miaotui.backends.reference.cache import Cache
 from miaotui.backends.reference.memory import memory_needed
 from miaotui.backends.reference.ops import ReferenceOps, step_tensors
 from miaotui.errors import DependencyError
+from miaotui.hardware.detect import available_memory
 
 
 class ReferenceBackend:
@@ -60,6 +61,11 @@ class ReferenceExecutor:
         ops.cache.allocate(1)
         self.vocab_size = self.run(_one_token()).shape[1]
         self.weight_bytes = sum(ops.touched.values())
+
+    def free_memory(self) -> int:
+        if self._ops.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._ops.device)[0])
+        return available_memory()
 
     def allocate_cache(self, blocks: int) -> None:
         with memory_needed(
