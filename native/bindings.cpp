@@ -435,16 +435,6 @@ NB_MODULE(_native, module) {
         return names;
       },
       "Instruction sets this CPU can run, best first.");
-  module.def(
-      "argmax_rows",
-      [](nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> x, const std::string& isa) {
-        std::vector<int> best;
-        for (size_t r = 0; r < x.shape(0); ++r)
-          best.push_back(isa_named(isa).kernels->argmax(x.data() + static_cast<int64_t>(r) * x.stride(0),
-                                                        static_cast<int>(x.shape(1))));
-        return best;
-      },
-      "x"_a, "isa"_a);
   module.def("probe_bandwidth", &probe_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a,
              nb::call_guard<nb::gil_scoped_release>(), "Read bandwidth over `megabytes` in all, GB/s.");
   module.def("probe_int8", &probe_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),

@@ -102,7 +102,6 @@ struct Kernels {
   void (*activate)(const float* gate, const float* up, int n, Act act, float* out);
   // Row `row` of the weight as float32, times `factor`.
   void (*dequantise_row)(const Weight& weight, int row, float factor, float* out);
-  int (*argmax)(const float* x, int n);
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {

@@ -564,16 +564,3 @@ inline void dequantise_row(const Weight& w, int row, float factor, float* out) {
   const uint8_t* codes = w.codes + panel * w.panel_bytes;
   for (int k = 0; k < w.k; ++k) out[k] = one_dense(w, codes, lane, k) * factor;
 }
-
-// The lowest index of the greatest value, as numpy's argmax.
-inline int argmax(const float* x, int n) {
-  F16x most = splat(-__builtin_inff());
-  lanes_of(n, [&](int i, int m) {
-    if (m == 16) most = max(most, load(x + i));
-  });
-  float best = reduce_max(most);
-  for (int i = n / 16 * 16; i < n; ++i) best = x[i] > best ? x[i] : best;
-  for (int i = 0; i < n; ++i)
-    if (x[i] == best) return i;
-  return 0;
-}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from miaotui import LLM
 from miaotui.backends.cpu import weights as cpu_weights
 from miaotui.backends.ops import Step
 from miaotui.checkpoint import open_checkpoint
@@ -68,3 +69,11 @@ def test_the_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         os.utime(path, (1000 - age, 1000 - age))
     packed._make_room(tmp_path, 50)
     assert [path.name for path in tmp_path.iterdir()] == ["new.packed"]
+
+
+def test_llm_leaves_the_disk_alone_when_asked(demo_gguf: Path, folder: Path) -> None:
+    options = {"max_model_len": 64, "max_num_seqs": 1, "threads": 1}
+    with LLM(str(demo_gguf), keep_packed=False, **options):
+        assert not folder.exists()
+    with LLM(str(demo_gguf), **options):
+        assert list(folder.glob("*.packed"))

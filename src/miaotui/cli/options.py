@@ -72,6 +72,10 @@ ENGINE = {
         "--device", type=click.Choice(["auto", "cpu", "cuda", "reference"]), default="auto", show_default=True,
         help="Where to compute.",
     ),
+    "keep_packed": click.option(
+        "--keep-packed/--no-keep-packed", default=None,
+        help="Keep a large model's packed weights on disk, for a quick next start.  [default: keep]",
+    ),
 }  # fmt: skip
 
 SAMPLING = {
@@ -139,7 +143,11 @@ def sampling_params(options: dict[str, Any]) -> SamplingParams:
 
 def as_flags(engine: dict[str, Any]) -> list[str]:
     """The command line's spelling of what `take_engine` gave."""
-    return [word for name, value in engine.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags: list[str] = []
+    for name, value in engine.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags
 
 
 def split_names(text: str | None, what: str) -> list[str] | None:

@@ -41,6 +41,7 @@ class Settings:
     speculative: str | Mapping[str, Any] | None
     threads: int | None
     device: str
+    keep_packed: bool
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
@@ -53,7 +54,15 @@ class Settings:
     @property
     def shared(self) -> dict[str, Any]:
         """What a draft model is loaded with too."""
-        names = ("device", "compute", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "threads")
+        names = (
+            "device",
+            "compute",
+            "kv_cache_dtype",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "threads",
+            "keep_packed",
+        )
         return {name: getattr(self, name) for name in names}
 
 

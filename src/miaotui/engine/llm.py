@@ -52,6 +52,7 @@ class LLM:
         speculative: str | Mapping[str, Any] | None = None,
         threads: int | None = None,
         device: Literal["auto", "cpu", "cuda", "reference"] = "auto",
+        keep_packed: bool = True,
     ) -> None:
         """Load `model`: a folder, a `.gguf` file, a hub name or `demo`.
 
@@ -62,6 +63,7 @@ class LLM:
         `speculative` guesses tokens and checks them together, which changes no answer: "ngram" repeats what stood there
         before, {"model": …, "num_speculative_tokens": 4} asks a small model of the same tokenizer.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
+        `keep_packed` keeps the packed weights of a large model on disk, so that its next start only maps them.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
         settings = Settings(
@@ -77,6 +79,7 @@ class LLM:
             speculative=speculative,
             threads=threads,
             device=device,
+            keep_packed=keep_packed,
         )
         loaded, self.engine = assemble(model, settings)
         self.model = model

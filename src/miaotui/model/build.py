@@ -64,6 +64,7 @@ def load(
     max_num_batched_tokens: int = 512,
     max_logits_rows: int | None = None,
     threads: int | None = None,
+    keep_packed: bool = True,
     beside: Executor | None = None,
 ) -> LoadedModel:
     """Load MODEL. Weights are streamed: beside what the backend keeps, one stacked matrix at most is in memory.
@@ -71,6 +72,7 @@ def load(
     device: `cpu` (what `auto` means), `cuda`, or `reference` (PyTorch on the CPU). compute: `fp32` keeps activations
     exact where `auto` quantises them. kv_cache_dtype: `bf16` (what `auto` means), `fp32`, `int8`.
     max_model_len: None for what the model's configuration promises. The executor's cache is not allocated yet.
+    keep_packed: keep a large model's packed weights on disk, and use those kept by an earlier load.
     beside: an executor of the same device whose threads to share; the two must never run at the same time.
 
     Raises UsageError, ModelNotFoundError, CheckpointError, UnsupportedModelError, DependencyError, ResourceError.
@@ -86,6 +88,7 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
         max_logits_rows=max_logits_rows,
         threads=threads,
+        keep_packed=keep_packed,
         beside=beside,
     )
     return LoadedModel(spec, tokenizer, executor, checkpoint)
@@ -116,10 +119,7 @@ def build(
     beside: Executor | None = None,
     keep_packed: bool = True,
 ) -> tuple[ModelSpec, Executor]:
-    """`load` without text: only the checkpoint's configuration and weights are read.
-
-    keep_packed: keep a large model's packed weights on disk, and use those kept by an earlier load.
-    """
+    """`load` without text: only the checkpoint's configuration and weights are read."""
     make_backend = _choose("device", device, BACKENDS)
     cache_type = _choose("kv_cache_dtype", kv_cache_dtype, CACHE_TYPES)
     compute_type = _choose("compute", compute, COMPUTE_TYPES)

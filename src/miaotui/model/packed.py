@@ -90,16 +90,16 @@ class PackedFile:
 
     def save(self) -> None:
         """Keep what this load packed, if it had to pack anything and the disk has room."""
-        size = sum(weight.nbytes for _, weight in self._made)
         if not self._made:
             return
+        size = sum(weight.nbytes for _, weight in self._made)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _make_room(self.path.parent, size)
             if shutil.disk_usage(self.path.parent).free < 2 * size:
-                log.info("Too little disk is free to keep %.1f GB of packed weights.", size / 1e9)
+                log.warning("Too little disk is free to keep %.1f GB of packed weights.", size / 1e9)
             else:
-                log.info("Keeping %.1f GB of packed weights for the next start: %s", size / 1e9, self.path)
+                log.warning("Keeping %.1f GB of packed weights for a quick next start: %s", size / 1e9, self.path)
                 self._write()
         except OSError as error:
             log.warning("The packed weights could not be kept: %s.", error)
