@@ -48,7 +48,7 @@ def test_a_damaged_file_is_replaced(demo_gguf: Path, folder: Path, caplog: pytes
     first = logits(demo_gguf)
     (file,) = folder.glob("*.packed")
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[:100], b"", whole[:-40] + bytes(40)):
+    for damaged in (whole[:-1], whole[:100], b"", whole[:-40] + bytes(40), whole[:-1] + b"2"):
         file.write_bytes(damaged)
         caplog.clear()
         assert np.array_equal(logits(demo_gguf), first)

@@ -1,0 +1,68 @@
+"""What the planner may and may not do with memory, and what has no panel layout of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from miaotui.backends.cpu import _native
+from miaotui.backends.cpu.nodes import LinearNode, SelectNode, Value
+from miaotui.backends.cpu.plan import place
+from miaotui.backends.cpu.weights import Linear, Matrix, matrix, stored_matrix
+from miaotui.backends.ops import StepShape
+from miaotui.quant.scheme import QuantScheme
+from miaotui.quant.tensor import DenseTensor, GroupedTensor
+
+SHAPE = StepShape(max_tokens=4, max_seqs=1, max_logits_rows=2, max_model_len=16)
+
+
+def square() -> Linear:
+    return Linear((matrix(_native.Pool(1), _native.Heap(), DenseTensor("float32", np.eye(32, dtype=np.float32))),))
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_residual_is_overwritten_only_where_it_is_last_read(read_again: bool) -> None:
+    x, residual, total, later = Value(32), Value(32), Value(32), Value(32, of_logits=True)
+    nodes = [
+        LinearNode([x], residual, square()),
+        LinearNode([x, residual], total, square()),
+        SelectNode([residual if read_again else total], later),
+    ]
+    places, (lasting,) = place([LinearNode([], x, square()), *nodes], SHAPE, [100])
+    assert (places.offset[total] == places.offset[residual]) is not read_again
+    taken = {lasting: 112, places.offset[x]: 128, places.offset[residual]: 128}
+    for begin, size in taken.items():
+        assert all(begin + size <= other or other + taken[other] <= begin for other in taken if other != begin)
+    assert places.floats >= max(begin + size for begin, size in taken.items())
+
+
+class Remembering:
+    """A store that gives back what it was given."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, _native.PackedWeight] = {}
+
+    def take(self, description: str) -> _native.PackedWeight | None:
+        return self.kept.get(description)
+
+    def put(self, description: str, weight: _native.PackedWeight) -> None:
+        self.kept[description] = weight
+
+
+@pytest.mark.parametrize("group", [24, 32])
+def test_groups_without_a_panel_layout_keep_their_values(group: int) -> None:
+    """Groups of 24 are held as float32, in the input's own order even where the codes are not, kept or made anew."""
+    rng = np.random.default_rng(group)
+    scheme = QuantScheme(4, group, True)
+    codes = rng.integers(0, 16, (20, 96), dtype=np.uint8)
+    scale = rng.random((20, 96 // group)).astype(np.float16).astype(np.float32)
+    tensor = GroupedTensor(scheme, codes, scale, perm=rng.permutation(96).astype(np.int32))
+    pool, heap, store = _native.Pool(1), _native.Heap(), Remembering()
+    for _ in ("made", "kept"):
+        packed: Matrix = stored_matrix(pool, heap, tensor, store)
+        values = packed.packed.dequantise()
+        if packed.perm is not None:
+            values = values[:, np.argsort(packed.perm)]
+        assert np.array_equal(values, tensor.dense32())
+        assert (packed.perm is None) == (group == 24)
+        assert packed.packed.code == ("float32" if group == 24 else "int4")
