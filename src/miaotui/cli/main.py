@@ -20,6 +20,7 @@ from miaotui.errors import MiaotuiError
 COMMANDS = {
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",
+    "serve": "Serve a model to OpenAI clients.",
     "pull": "Fetch a model, so that it can be used offline.",
     "bench": "Measure speed by regime, beside this machine's ceilings.",
     "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",

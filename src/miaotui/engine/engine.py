@@ -104,6 +104,16 @@ class Engine:
         return bool(self._requests)
 
     # -- requests ----------------------------------------------------------------------------------------
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> GrammarMask | None:
+        """Refuse now what `add_request` would refuse; returns the language asked for, compiled, to give to it.
+
+        Safe from any thread, also while another one is in a step: what is slow about a request need not delay one.
+        """
+        check_prompt(prompt_token_ids, self.executor.vocab_size)
+        tokens_allowed(len(prompt_token_ids), params, self.config)
+        check_token_ids(params, self.executor.vocab_size)
+        return None if params.structured_outputs is None else self._grammars.compile(params.structured_outputs)
+
     def add_request(
         self,
         prompt: str | list[int],
@@ -112,11 +122,13 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         stream: bool = False,
+        grammar: GrammarMask | None = None,
     ) -> str:
         """Take a request; returns its id. A smaller `priority` is more urgent.
 
         A text is the model's own input: the text of a special token in it is that token, as in transformers.
         With `stream`, each step's outputs hold what it added; without, there is one output, at the end.
+        `grammar` is what `check` made of the same parameters, for this request alone.
         Raises RequestError for what can never be served.
         """
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
@@ -139,8 +151,9 @@ class Engine:
             request.beam = BeamSearch(request, params)
         else:
             check_token_ids(params, self.executor.vocab_size)
-            wanted = params.structured_outputs
-            self._prepare(request.sequences[0], None if wanted is None else self._grammars.compile(wanted))
+            if grammar is None and params.structured_outputs is not None:
+                grammar = self._grammars.compile(params.structured_outputs)
+            self._prepare(request.sequences[0], grammar)
         self._scheduler.add(request.sequences[0])
         self._requests[request.id] = request
         self._arrivals += 1
@@ -157,6 +170,11 @@ class Engine:
             self._publisher.finish(sequence, "abort")
             self._retire(sequence, "abort")
         return self._output(request, going)
+
+    def cancel_all(self) -> list[RequestOutput]:
+        """Stop every request; returns what they have so far."""
+        ended = [self.cancel(request_id) for request_id in list(self._requests)]
+        return [output for output in ended if output is not None]
 
     # -- the step ----------------------------------------------------------------------------------------
     def step(self) -> list[RequestOutput]:

@@ -7,6 +7,7 @@ that token is computed, natively and without Python's lock, the mask for the nex
 from __future__ import annotations
 
 import json
+import threading
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,10 @@ class GrammarMask:
 
 
 class Grammars:
-    """Compiles languages against one tokenizer. llguidance is imported, and its tables made, with the first."""
+    """Compiles languages against one tokenizer. llguidance is imported, and its tables made, with the first.
+
+    Any thread may compile.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
@@ -68,12 +72,16 @@ class Grammars:
         self._ends = ends
         self._tables: Any = None
         self._worker: ThreadPoolExecutor | None = None
+        self._making = threading.Lock()
 
     def compile(self, wanted: StructuredOutputs) -> GrammarMask:
         """A mask at the beginning of the language. Raises RequestError when it is not well formed."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._llguidance_tokenizer(), _source(wanted))
+        with self._making:
+            tables = self._llguidance_tokenizer()
+            worker = self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="miaotui-grammar")
+        matcher = LLMatcher(tables, _source(wanted))
         if matcher.is_error():
             reason = str(matcher.get_error()).strip().splitlines()[0]
             raise RequestError(
@@ -81,9 +89,7 @@ class Grammars:
                 "Correct the schema, expression or grammar.",
                 param="structured_outputs",
             )
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="miaotui-grammar")
-        return GrammarMask(matcher, self._vocab_size, self._worker)
+        return GrammarMask(matcher, self._vocab_size, worker)
 
     def close(self) -> None:
         """End the worker thread."""

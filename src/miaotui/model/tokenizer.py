@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+_LONG = 4096
+"""Characters from which a text is encoded with Python's lock released, which only the library's batches do."""
+
+
 class Tokenizer:
     """One model's tokenizer: ids for text, text and raw bytes for ids.
 
@@ -101,6 +105,9 @@ class Tokenizer:
         with self._parsing:  # the switch is a property of the shared backend
             self.backend.encode_special_tokens = not parse_special
             try:
+                if len(text) > _LONG:
+                    (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                    return encoding.ids
                 return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
             except TypeError as error:
                 raise _no_text(text) from error

@@ -1,0 +1,1 @@
+"""OpenAI's interface: what its requests mean, and what its answers look like. No HTTP, no event loop."""

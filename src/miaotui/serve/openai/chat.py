@@ -1,0 +1,141 @@
+"""`/v1/chat/completions`: one conversation, answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miaotui.engine.params import SamplingParams
+from miaotui.engine.request import CompletionOutput, RequestOutput
+from miaotui.errors import RequestError
+from miaotui.serve.openai.errors import refused
+from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
+from miaotui.serve.openai.sampling import chat_logprobs, end_tokens, sampling_params, told
+from miaotui.serve.openai.schemas import ChatRequest, Message, Tool, validate
+
+
+class ChatJob:
+    """See `Job`."""
+
+    def __init__(self, model: Model, request: ChatRequest) -> None:
+        self.model = model
+        self.name = model.name(request.model)
+        self.id, self.created = new_id("chatcmpl"), now()
+        self.stream = bool(request.stream)
+        self.priority = request.priority or 0
+        self._top = _top_logprobs(request)
+        self.params = self._params(request)
+        if request.tools:
+            raise refused("tools are not supported.", "tools")
+        self.prompts = [
+            chat_prompt(
+                model, request.messages, request.tools, request.add_generation_prompt, request.chat_template_kwargs
+            )
+        ]
+        self._ends = end_tokens(self.params, model.engine.config.eos_token_ids)
+        self._usage = Usage() if request.stream_options and request.stream_options.include_usage else None
+        self._started = False
+        self._role_told: set[int] = set()
+        self._head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.name}
+
+    def _params(self, request: ChatRequest) -> SamplingParams:
+        most = request.max_completion_tokens
+        if most is not None and request.max_tokens not in (None, most):
+            raise refused("max_tokens and max_completion_tokens differ. Leave max_tokens out.", "max_tokens")
+        return sampling_params(request, max_tokens=request.max_tokens if most is None else most, logprobs=self._top)
+
+    # -- whole ---------------------------------------------------------------------------------------------
+    def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        (output,) = outputs
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.name,
+            "choices": [self._choice(choice) for choice in output.outputs],
+            "usage": Usage.of(outputs).as_dict(),
+        }
+
+    def _choice(self, choice: CompletionOutput) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice),
+            "finish_reason": choice.finish_reason,
+        }
+
+    # -- streamed ------------------------------------------------------------------------------------------
+    def chunks(self, prompt: int, output: RequestOutput) -> bytes:
+        wire = []
+        for choice in output.outputs:
+            if choice.index not in self._role_told:
+                self._role_told.add(choice.index)
+                wire.append(self._chunk(choice.index, {"role": "assistant", "content": ""}))
+            logprobs = self._logprobs(choice)
+            if choice.text or logprobs or choice.finish_reason:
+                delta = {"content": choice.text} if choice.text else {}
+                wire.append(self._chunk(choice.index, delta, logprobs, choice.finish_reason))
+        if self._usage is not None:
+            if not self._started:
+                self._started = True
+                self._usage.add_prompt(output)
+            self._usage.completion += sum(len(choice.token_ids) for choice in output.outputs)
+        return b"".join(wire)
+
+    def closing(self) -> bytes:
+        if self._usage is None:
+            return DONE
+        return event({**self._head, "choices": [], "usage": self._usage.as_dict()}) + DONE
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if self._usage is None:
+            return event({**self._head, "choices": [choice]})
+        return event({**self._head, "choices": [choice], "usage": None})
+
+    def _logprobs(self, choice: CompletionOutput) -> dict[str, Any] | None:
+        if self._top is None:
+            return None
+        scored = told(choice, self._ends, self.params)
+        return {"content": chat_logprobs(scored, self._top, self.model.tokenizer), "refusal": None}
+
+
+def prepare(model: Model, body: Mapping[str, Any]) -> ChatJob:
+    """Understand a request; slow for a long conversation. Raises ApiError and RequestError."""
+    return ChatJob(model, validate(ChatRequest, body))
+
+
+def chat_prompt(
+    model: Model,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    add_generation_prompt: bool | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> list[int]:
+    """The ids of a conversation. Raises RequestError where the template refuses it, or there is none."""
+    if model.chat_template is None:
+        raise RequestError(
+            f"The model {model.names[0]} has no chat template.",
+            "Start the server with --chat-template FILE, or use /v1/completions.",
+            param="messages",
+        )
+    return model.chat_template.encode(
+        [_for_template(message) for message in messages],
+        [tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
+        add_generation_prompt is not False,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as templates know it: `developer` is OpenAI's newer name for `system`."""
+    fields = message.model_dump(exclude_none=True)
+    return {**fields, "role": "system"} if message.role == "developer" else fields
+
+
+def _top_logprobs(request: ChatRequest) -> int | None:
+    if request.top_logprobs is not None and not request.logprobs:
+        raise refused("top_logprobs needs logprobs. Set logprobs to true, or leave both out.", "top_logprobs")
+    return (request.top_logprobs or 0) if request.logprobs else None

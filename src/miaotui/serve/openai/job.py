@@ -1,0 +1,106 @@
+"""A request that has been understood: what the engine is to run, and how its outputs are told."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from miaotui.engine.engine import Engine
+from miaotui.engine.params import SamplingParams
+from miaotui.engine.request import RequestOutput
+from miaotui.model.chat import ChatTemplate
+from miaotui.model.tokenizer import Tokenizer
+from miaotui.serve.openai.errors import no_such_model
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What requests are understood with."""
+
+    names: tuple[str, ...]
+    engine: Engine
+    """Asked only for what any thread may ask of it: `check`, and its configuration."""
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    tool_call_parser: str | None = None
+
+    def name(self, asked: str | None) -> str:
+        """The name to answer under. Raises ApiError 404 for a model that is not this one."""
+        if asked is not None and asked not in self.names:
+            raise no_such_model(asked, self.names)
+        return asked or self.names[0]
+
+
+class Job(Protocol):
+    """One request. It is asked either for `answer`, or for `chunks` as outputs come and then `closing`."""
+
+    params: SamplingParams
+    priority: int
+    stream: bool
+
+    @property
+    def prompts(self) -> Sequence[list[int]]:
+        """Token ids. Each becomes a request of the engine, with `params`."""
+        ...
+
+    def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The whole answer, from the finished output of each prompt."""
+        ...
+
+    def chunks(self, prompt: int, output: RequestOutput) -> bytes:
+        """Events on the wire for what a step has added to the prompt of that index; may be none."""
+        ...
+
+    def closing(self) -> bytes:
+        """The last events, after all outputs."""
+        ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a request's prompts and answers."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    @classmethod
+    def of(cls, outputs: Iterable[RequestOutput]) -> Usage:
+        """Of finished outputs."""
+        usage = cls()
+        for output in outputs:
+            usage.add_prompt(output)
+            usage.completion += sum(len(choice.token_ids) for choice in output.outputs)
+        return usage
+
+    def add_prompt(self, output: RequestOutput) -> None:
+        self.prompt += len(output.prompt_token_ids)
+        self.cached += output.num_cached_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    return int(time.time())
