@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds a request may take in all; 0: no limit.",
 )
-@click.option("--max-body-bytes", type=Size(), default="8M", show_default=True, help="The longest request body.")
+@click.option("--max-body-bytes", type=Size(), default="4M", show_default=True, help="The longest request body.")
 @click.option(
     "--shutdown-timeout",
     type=click.FloatRange(min=0),

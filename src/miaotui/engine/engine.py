@@ -109,8 +109,8 @@ class Engine:
 
         Safe from any thread, also while another one is in a step: what is slow about a request need not delay one.
         """
-        check_prompt(prompt_token_ids, self.executor.vocab_size)
         tokens_allowed(len(prompt_token_ids), params, self.config)
+        check_prompt(prompt_token_ids, self.executor.vocab_size)
         check_token_ids(params, self.executor.vocab_size)
         return None if params.structured_outputs is None else self._grammars.compile(params.structured_outputs)
 

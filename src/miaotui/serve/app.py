@@ -17,6 +17,7 @@ import miaotui
 from miaotui.serve.limits import read_body
 from miaotui.serve.openai.errors import ApiError, as_api_error, no_such_model, refused
 from miaotui.serve.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from miaotui.serve.page import add_page
 from miaotui.serve.running import Abandoned, Running
 from miaotui.serve.service import JOBS, LOOKUPS, Service
 from miaotui.serve.settings import ServeSettings
@@ -29,6 +30,7 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 """What the endpoints of JOBS and LOOKUPS take, for the OpenAPI document."""
 
+_REF = "#/components/schemas/{model}"
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _STREAM_HEADERS += [(b"x-accel-buffering", b"no")]
 
@@ -59,6 +61,8 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
         _add_endpoint(app, path, service, LookupResponse)
     _add_models(app, service)
     _add_state(app, service)
+    add_page(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
@@ -66,15 +70,28 @@ def _add_endpoint(app: FastAPI, path: str, service: Service, kind: type[BodyResp
     async def endpoint(request: Request) -> Response:
         return kind(service, path, request)
 
-    schema = BODIES[path].model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = {"$ref": _REF.format(model=BODIES[path].__name__)}
     app.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         response_class=Response,
-        summary=(BODIES[path].__doc__ or path).split("\n")[0],
+        summary=BODIES[path].__doc__,
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
     )
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, made when it is first asked for."""
+    if app.openapi_schema is None:
+        from fastapi.openapi.utils import get_openapi
+        from pydantic.json_schema import models_json_schema
+
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, bodies = models_json_schema([(body, "validation") for body in BODIES.values()], ref_template=_REF)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

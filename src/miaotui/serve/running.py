@@ -11,6 +11,7 @@ from miaotui.engine.request import RequestOutput
 from miaotui.errors import RequestError
 from miaotui.serve.openai.errors import ApiError, as_api_error, timed_out
 from miaotui.serve.openai.job import DONE, Job, Model, event, new_id
+from miaotui.serve.openai.sampling import renamed
 from miaotui.serve.worker import EngineWorker, Mailbox, Order
 
 InThread = Callable[[Callable[[], dict[str, Any]]], Awaitable[dict[str, Any]]]
@@ -27,10 +28,11 @@ def orders_of(model: Model, job: Job) -> list[Order]:
         cause = f"n is {job.params.n}, and at most {most} sequences run together."
         raise RequestError(cause, "Ask for fewer, or raise --max-num-seqs.", param="n")
     name = new_id("run")
-    return [
-        Order(f"{name}-{i}", ids, job.params, job.priority, job.stream, model.engine.check(ids, job.params))
-        for i, ids in enumerate(job.prompts)
-    ]
+    with renamed(job.aliases):
+        return [
+            Order(f"{name}-{i}", ids, job.params, job.priority, job.stream, model.engine.check(ids, job.params))
+            for i, ids in enumerate(job.prompts)
+        ]
 
 
 class Running:

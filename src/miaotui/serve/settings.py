@@ -17,7 +17,7 @@ class ServeSettings:
     """Sequences that may wait for a seat in the step; a request past that is refused with 429."""
     request_timeout: float | None = 600.0
     """From a request's arrival to the end of its answer."""
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 4 << 20
     shutdown_timeout: float = 30.0
     """What running requests get to finish in after SIGTERM."""
     tool_call_parser: str | None = None

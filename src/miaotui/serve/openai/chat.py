@@ -10,8 +10,11 @@ from miaotui.engine.request import CompletionOutput, RequestOutput
 from miaotui.errors import RequestError
 from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
-from miaotui.serve.openai.sampling import chat_logprobs, end_tokens, sampling_params, told
+from miaotui.serve.openai.sampling import aliases, chat_logprobs, end_tokens, sampling_params, told
 from miaotui.serve.openai.schemas import ChatRequest, Message, Tool, validate
+
+_LONG = 1 << 17
+"""Characters of a conversation from which its length is looked at before it is encoded."""
 
 
 class ChatJob:
@@ -24,6 +27,9 @@ class ChatJob:
         self.stream = bool(request.stream)
         self.priority = request.priority or 0
         self._top = _top_logprobs(request)
+        self.aliases = {"prompt": "messages", **aliases(request)}
+        if request.max_completion_tokens is not None:
+            self.aliases["max_tokens"] = "max_completion_tokens"
         self.params = self._params(request)
         if request.tools:
             raise refused("tools are not supported.", "tools")
@@ -42,7 +48,9 @@ class ChatJob:
         most = request.max_completion_tokens
         if most is not None and request.max_tokens not in (None, most):
             raise refused("max_tokens and max_completion_tokens differ. Leave max_tokens out.", "max_tokens")
-        return sampling_params(request, max_tokens=request.max_tokens if most is None else most, logprobs=self._top)
+        return sampling_params(
+            request, self.aliases, max_tokens=request.max_tokens if most is None else most, logprobs=self._top
+        )
 
     # -- whole ---------------------------------------------------------------------------------------------
     def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -121,12 +129,19 @@ def chat_prompt(
             "Start the server with --chat-template FILE, or use /v1/completions.",
             param="messages",
         )
-    return model.chat_template.encode(
-        [_for_template(message) for message in messages],
-        [tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
-        add_generation_prompt is not False,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    template = model.chat_template
+    said = [_for_template(message) for message in messages]
+    offered = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+    answering = add_generation_prompt is not False
+    if sum(map(_characters, said)) > _LONG:
+        text = template.render(said, offered, answering, chat_template_kwargs=chat_template_kwargs)
+        model.refuse_too_long(text, "messages")
+    return template.encode(said, offered, answering, chat_template_kwargs=chat_template_kwargs)
+
+
+def _characters(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    return sum(len(str(part)) for part in content) if isinstance(content, list) else len(content or "")
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import CompletionOutput, RequestOutput
 from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
-from miaotui.serve.openai.sampling import TextLogprobs, end_tokens, sampling_params, told
+from miaotui.serve.openai.sampling import TextLogprobs, aliases, end_tokens, sampling_params, told
 from miaotui.serve.openai.schemas import CompletionRequest, validate
 
 DEFAULT_MAX_TOKENS = 16
@@ -28,9 +28,10 @@ class CompletionJob:
         """Whether the one token that has to be generated is kept back, since none was asked for."""
         self.stream = bool(request.stream)
         self.priority = request.priority or 0
+        self.aliases = aliases(request)
         self.params = self._params(request)
         self._texts = _listed(request.prompt)
-        self.prompts = [_encode(model, prompt, request.add_special_tokens) for prompt in self._texts]
+        self.prompts = [_encode(model, prompt, request.add_special_tokens is not False) for prompt in self._texts]
         self._top = request.logprobs
         self._ends = end_tokens(self.params, model.engine.config.eos_token_ids)
         self._usage = Usage() if request.stream_options and request.stream_options.include_usage else None
@@ -46,6 +47,7 @@ class CompletionJob:
             raise refused("max_tokens is 0, which makes sense only with echo. Give at least 1.", "max_tokens")
         return sampling_params(
             request,
+            self.aliases,
             max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens or 1,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if self.echo else None,
@@ -124,9 +126,5 @@ def _listed(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _encode(model: Model, prompt: str | list[int], add_special_tokens: bool | None) -> list[int]:
-    """A text is the model's own input: the text of a special token in it is that token, as with `LLM.generate`."""
-    if not isinstance(prompt, str):
-        return prompt
-    with_ends = add_special_tokens is not False
-    return model.tokenizer.encode(prompt, add_special_tokens=with_ends, parse_special=True)
+def _encode(model: Model, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
+    return model.encode(prompt, "prompt", add_special_tokens=add_special_tokens) if isinstance(prompt, str) else prompt

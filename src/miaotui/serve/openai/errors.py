@@ -86,8 +86,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        too_long = "positions" in error.message and error.param in ("prompt", "max_tokens")
-        return refused(str(error), error.param, "context_length_exceeded" if too_long else None)
+        too_long = "the context holds" in error.message
+        return refused(str(error), error.param, "context_length_exceeded" if too_long else "invalid_value")
     if isinstance(error, MiaotuiError):
         return ApiError(500, str(error), type="server_error")
     _log.error("A request failed", exc_info=error)

@@ -15,7 +15,7 @@ from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import RequestOutput
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer
-from miaotui.serve.openai.errors import no_such_model
+from miaotui.serve.openai.errors import no_such_model, refused
 
 DONE = b"data: [DONE]\n\n"
 
@@ -31,6 +31,21 @@ class Model:
     chat_template: ChatTemplate | None
     tool_call_parser: str | None = None
 
+    def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text that is the model's own input: the text of a special token in it is that token.
+
+        Raises ApiError, before it is encoded, for a text that is far too long for the context.
+        """
+        self.refuse_too_long(text, param)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=True)
+
+    def refuse_too_long(self, text: str, param: str) -> None:
+        """Encoding megabytes takes seconds and a hundred times their memory, only to be refused for their length."""
+        least, most = self.tokenizer.least_tokens(text), self.engine.config.max_model_len
+        if least > most:
+            message = f"The prompt has more than {least} tokens, but the context holds {most}. Shorten it."
+            raise refused(message, param, "context_length_exceeded")
+
     def name(self, asked: str | None) -> str:
         """The name to answer under. Raises ApiError 404 for a model that is not this one."""
         if asked is not None and asked not in self.names:
@@ -44,6 +59,11 @@ class Job(Protocol):
     params: SamplingParams
     priority: int
     stream: bool
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """What the endpoint calls parameters of the engine: `max_completion_tokens` for `max_tokens`."""
+        ...
 
     @property
     def prompts(self) -> Sequence[list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from miaotui.engine.params import SamplingParams, StructuredOutputs
@@ -34,8 +35,13 @@ _SAME_NAMES = (
 )
 
 
-def sampling_params(request: Sampled, **more: Any) -> SamplingParams:
-    """The request's parameters; `more` are those that chat and completions state in their own ways.
+def aliases(request: Sampled) -> dict[str, str]:
+    """The names under which a request states parameters of SamplingParams, where they differ."""
+    return {} if request.response_format is None else {"structured_outputs": "response_format"}
+
+
+def sampling_params(request: Sampled, names: Mapping[str, str], **more: Any) -> SamplingParams:
+    """The request's parameters; `more` are those that chat and completions state in their own ways, `names` how.
 
     Raises ApiError for combinations, RequestError for values, that cannot be.
     """
@@ -45,11 +51,20 @@ def sampling_params(request: Sampled, **more: Any) -> SamplingParams:
     if request.logit_bias:
         fields["logit_bias"] = {_token_id(token): bias for token, bias in request.logit_bias.items()}
     wanted = _structured(request)
-    try:
+    with renamed(names):
         return SamplingParams(**fields, **more, structured_outputs=wanted)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """A RequestError that comes out names its parameter as the request does."""
+    try:
+        yield
     except RequestError as error:
-        renamed = "response_format" if error.param == "structured_outputs" and request.response_format else error.param
-        raise RequestError(error.message, error.hint, param=renamed) from error
+        name = names.get(error.param or "", error.param)
+        raise RequestError(
+            error.message.replace(f"parameter {error.param} ", f"parameter {name} "), error.hint, name
+        ) from error
 
 
 def _token_id(text: str) -> int:

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from miaotui.serve.openai.errors import ApiError, refused
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
 """Likeliest tokens told beside each chosen one."""
 
+_UNKNOWN = "unknown_field"
+
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+"""Whether the model has them is checked later. The first wrong one is reported, and not a million of them."""
 
 
 class Strict(BaseModel):
     """Nothing is converted, and nothing unknown is let through."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        """Refuse the first unknown field before anything else, so that a million of them are not collected."""
+        if isinstance(data, Mapping):
+            known = {field.alias or name for name, field in cls.__pydantic_fields__.items()}
+            unknown = next((name for name in data if name not in known), None)
+            if unknown is not None:
+                raise PydanticCustomError(_UNKNOWN, "Unknown parameter", {"name": str(unknown)[:80]})
+        return data
 
 
 class Open(BaseModel):
@@ -64,7 +81,7 @@ class Sampled(Strict):
     temperature: float | None = None
     top_p: float | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -78,7 +95,7 @@ class Sampled(Strict):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Count | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -89,6 +106,9 @@ class Sampled(Strict):
 class Message(Open):
     role: str
     content: str | list[dict[str, Any]] | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class Function(Strict):
@@ -113,9 +133,9 @@ class NamedTool(Strict):
 
 
 class ChatRequest(Sampled):
-    """`POST /v1/chat/completions`."""
+    """A conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -129,10 +149,13 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class CompletionRequest(Sampled):
-    """`POST /v1/completions`. `echo` with `max_tokens` 0 scores the prompt alone."""
+Prompts = Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+
+class CompletionRequest(Sampled):
+    """Prompts to continue. `echo` with `max_tokens` 0 only scores them."""
+
+    prompt: str | TokenIds | Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -140,11 +163,11 @@ class CompletionRequest(Sampled):
 
 
 class TokenizeRequest(Strict):
-    """`POST /tokenize`: a prompt, or a conversation."""
+    """A prompt, or a conversation, whose ids are wanted."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -153,7 +176,7 @@ class TokenizeRequest(Strict):
 
 
 class DetokenizeRequest(Strict):
-    """`POST /detokenize`."""
+    """Ids whose text is wanted."""
 
     model: str | None = None
     tokens: TokenIds
@@ -171,19 +194,30 @@ def validate(kind: type[T], body: Mapping[str, Any]) -> T:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """OpenAI's answer to a wrong parameter: `messages[0].role`."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    parts = [part for part in first["loc"] if isinstance(part, int) or not _is_branch(str(part))]
-    param = ""
-    for part in parts:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
-    if first["type"] == "extra_forbidden":
+    """OpenAI's answer to a wrong parameter: `messages[0].role`. Of a union's branches, the one that got furthest."""
+    errors = error.errors(include_url=False, include_input=False)
+    same = [found for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    deepest = max(same, key=lambda found: len(found["loc"]))
+    param = _param(deepest["loc"])
+    if deepest["type"] == _UNKNOWN:
+        param = ".".join(filter(None, (param, deepest["ctx"]["name"])))
         return refused(f"Unknown or unsupported parameter: {param}. Leave it out.", param, "unsupported_parameter")
-    if first["type"] == "missing":
+    if deepest["type"] == "missing":
         return refused(f"The parameter {param} is missing.", param, "missing_required_parameter")
-    return refused(f"The parameter {param} is wrong: {first['msg']}.", param or None, "invalid_value")
+    what = " or ".join(dict.fromkeys(found["msg"] for found in same if _param(found["loc"]) == param))
+    return refused(f"The parameter {param} is wrong: {what}.", param or None, "invalid_value")
+
+
+def _param(loc: Sequence[int | str]) -> str:
+    param = ""
+    for part in loc:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif not _is_branch(part):
+            param += f".{part}" if param else part
+    return param
 
 
 def _is_branch(part: str) -> bool:
     """Whether part of an error's place names the branch of a union, and no field."""
-    return part in ("str", "Strict", "NamedTool") or "[" in part or part.startswith("literal")
+    return part in ("str", "NamedTool") or "[" in part

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from miaotui.engine.admit import check_prompt
+from miaotui.engine.text import decode
 from miaotui.serve.openai.chat import chat_prompt
 from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import Model
+from miaotui.serve.openai.sampling import renamed
 from miaotui.serve.openai.schemas import DetokenizeRequest, TokenizeRequest, validate
 
 _FOR_MESSAGES = ("tools", "add_generation_prompt", "chat_template_kwargs")
@@ -24,7 +27,7 @@ def tokenize(model: Model, body: Mapping[str, Any]) -> dict[str, Any]:
         if unused is not None:
             raise refused(f"{unused} is for messages only. Leave it out.", unused)
         with_ends = request.add_special_tokens is not False
-        ids = model.tokenizer.encode(request.prompt or "", add_special_tokens=with_ends, parse_special=True)
+        ids = model.encode(request.prompt or "", "prompt", add_special_tokens=with_ends)
     elif request.add_special_tokens:
         raise refused("The chat template adds its own special tokens. Leave it out.", "add_special_tokens")
     else:
@@ -44,4 +47,7 @@ def detokenize(model: Model, body: Mapping[str, Any]) -> dict[str, Any]:
     """The text of ids, special tokens included."""
     request = validate(DetokenizeRequest, body)
     model.name(request.model)
-    return {"prompt": model.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+    if request.tokens:
+        with renamed({"prompt": "tokens"}):
+            check_prompt(request.tokens, model.engine.executor.vocab_size)
+    return {"prompt": decode(model.tokenizer, request.tokens, skip_special_tokens=False)}

@@ -1,0 +1,44 @@
+"""The page at `/`: files of the folder `web`, each at its own path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.responses import FileResponse
+
+WEB = Path(__file__).parent / "web"
+_INDEX = "index.html"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".json": "application/json",
+}
+_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def add_page(app: FastAPI, folder: Path = WEB) -> None:
+    """Serve what lies in `folder` now, and its index.html at `/`. Nothing else of the disk can be reached."""
+    for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if file.suffix in _TYPES and file.is_file():
+            _add_file(app, "/" + file.relative_to(folder).as_posix(), file)
+
+
+def _add_file(app: FastAPI, path: str, file: Path) -> None:
+    async def send() -> FileResponse:
+        return FileResponse(file, headers=_HEADERS, media_type=_TYPES[file.suffix])
+
+    app.add_api_route(path, send, include_in_schema=False)
+    if path == f"/{_INDEX}":
+        app.add_api_route("/", send, include_in_schema=False)
