@@ -147,7 +147,7 @@ export function inline(text) {
     nodes.push(node);
   };
   for (let i = 0; i < text.length; ) {
-    const mark = /^(?:`+|\*\*|__|\*)/.exec(text.slice(i, i + 64))?.[0];
+    const mark = "`*_".includes(text[i]) ? /^(?:`+|\*\*|__|\*)/.exec(text.slice(i, i + 64))?.[0] : undefined;
     const end = mark && !lonely.has(mark) ? partner(text, i, mark) : -1;
     if (mark && end === -1) lonely.add(mark);
     if (end > 0) {
