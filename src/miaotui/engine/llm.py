@@ -83,6 +83,8 @@ class LLM:
         )
         loaded, self.engine = assemble(model, settings)
         self.model = model
+        self.path = loaded.checkpoint.path
+        """The folder or file that `model` is."""
         self.spec = loaded.spec
         self.tokenizer = loaded.tokenizer
         self.chat_template = loaded.chat_template

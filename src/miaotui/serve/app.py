@@ -17,7 +17,7 @@ import miaotui
 from miaotui.serve.limits import read_body
 from miaotui.serve.openai.errors import ApiError, as_api_error, no_such_model, refused
 from miaotui.serve.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miaotui.serve.page import add_page
+from miaotui.serve.page import add_card, add_page
 from miaotui.serve.running import Abandoned, Running
 from miaotui.serve.service import JOBS, LOOKUPS, Service
 from miaotui.serve.settings import ServeSettings
@@ -62,6 +62,7 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
     _add_models(app, service)
     _add_state(app, service)
     add_page(app)
+    add_card(app, lambda: service.card)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

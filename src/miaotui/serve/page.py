@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from starlette.responses import FileResponse
 
 WEB = Path(__file__).parent / "web"
@@ -33,6 +34,18 @@ def add_page(app: FastAPI, folder: Path = WEB) -> None:
     for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
         if file.suffix in _TYPES and file.is_file():
             _add_file(app, "/" + file.relative_to(folder).as_posix(), file)
+
+
+def add_card(app: FastAPI, card: Callable[[], Path | None]) -> None:
+    """Serve the model's card at `/card.json`, where `card` knows of one; 404 else, and the page shows none."""
+
+    @app.get("/card.json", response_class=FileResponse, responses={404: {"description": "The model has no card."}})
+    async def send() -> FileResponse:
+        """What was measured of the model when it was made, against the original."""
+        path = card()
+        if path is None:
+            raise HTTPException(404, "The model has no card")
+        return FileResponse(path, headers={"cache-control": "no-cache"}, media_type="application/json")
 
 
 def _add_file(app: FastAPI, path: str, file: Path) -> None:

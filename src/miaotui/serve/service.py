@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miaotui.engine.engine import Engine
@@ -73,6 +74,15 @@ class Service:
             llm.engine, asyncio.get_running_loop(), observe=self._observe, on_death=self.failed.set
         )
         self._worker.start()
+
+    @property
+    def card(self) -> Path | None:
+        """The model's card: the file card.json in its folder, where one is."""
+        if self._llm is None:
+            return None
+        path = self._llm.path
+        card = (path if path.is_dir() else path.parent) / "card.json"
+        return card if card.is_file() else None
 
     @property
     def state(self) -> str:

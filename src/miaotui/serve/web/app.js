@@ -1,6 +1,6 @@
 // The page: makes its parts and ties them together.
 
-import { call } from "./api.js";
+import { ApiError, call } from "./api.js";
 import { Card } from "./card.js";
 import { announce, Chat } from "./chat.js";
 import { find, make, worded } from "./dom.js";
@@ -42,6 +42,7 @@ async function begin() {
     showModels(data.map(({ id }) => id));
     await card.load();
   } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
     if (error.kind === "key") await wantKey();
     else {
       const kind = error.kind === "starting" ? "Starting" : "Network";

@@ -1,6 +1,6 @@
 // The model's card, where the server has one: whatever card.json holds, as tables that a person can read.
 
-import { call } from "./api.js";
+import { ApiError, call } from "./api.js";
 import { find, make, worded } from "./dom.js";
 import { language, number, t } from "./i18n.js";
 
@@ -17,13 +17,14 @@ export class Card {
   /** Fetches the card; without one (404) or without a connection the tab stays hidden. */
   async load() {
     try {
-      this.card = await (await call("card.json")).json();
-    } catch {
+      const card = await (await call("card.json")).json();
+      this.card = typeof card === "object" && !Array.isArray(card) ? card : null;
+      this.draw();
+    } catch (error) {
       this.card = null;
+      if (!(error instanceof ApiError)) console.error(error);
     }
-    if (typeof this.card !== "object" || Array.isArray(this.card)) this.card = null;
     find("#tab-card").hidden = this.card === null;
-    this.draw();
   }
 
   draw() {
@@ -71,6 +72,7 @@ function table(rows) {
     return comparison(objects.map((row) => [Object.values(without(row, ...BEFORE, ...AFTER)).filter(isFact).map(fact).join(" · "), ...sides(row)]));
   }
   const keys = [...new Set(objects.flatMap(Object.keys))];
+  if (!keys.length) return make("p", {}, fact(null));
   const body = objects.map((row) => keys.map((key) => (key in row ? cell(row[key]) : [])));
   return grid(keys.map(words), body);
 }

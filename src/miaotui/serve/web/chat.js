@@ -102,24 +102,25 @@ export class Chat {
     const messages = messagesOf(system, this.turns);
     const turn = this.add({ role: "assistant", content: "" });
     const watch = new Stopwatch();
-    this.running = new AbortController();
+    const running = new AbortController();
+    this.running = running;
     find("#notice").replaceChildren();
     this.toEnd();
     this.refresh();
     announce("answering");
     try {
-      const { signal } = this.running;
       const onText = (piece) => {
         watch.piece();
         turn.content += piece;
         turn.shown.write(turn.content);
       };
-      const { finish, usage } = await streamChat({ ...parameters, messages }, { signal, onText });
+      const { finish, usage } = await streamChat({ ...parameters, messages }, { signal: running.signal, onText });
       this.finish(turn, { finish: finish ?? "stop", stats: watch.stats(usage) });
       announce("finished", { text: turn.content });
     } catch (error) {
-      this.finish(turn, { finish: error.name === "AbortError" ? "stopped" : "error", stats: watch.stats(null) });
-      if (turn.finish === "stopped") announce("stopped");
+      const stopped = running.signal.aborted;
+      this.finish(turn, { finish: stopped ? "stopped" : "error", stats: watch.stats(null) });
+      if (stopped) announce("stopped");
       else await this.failed(turn, error);
     }
   }

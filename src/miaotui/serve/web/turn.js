@@ -10,7 +10,7 @@ export class Question {
     Object.assign(this, { text, onEdit });
     this.body = make("div", { class: "bubble" }, text);
     this.actions = make("div", { class: "actions" }, iconButton("edit", "edit", () => this.edit(), { class: "quiet round small needs-idle" }));
-    this.element = make("li", { class: "turn question" }, worded("h3", { class: "unseen" }, "you"), this.body, this.actions);
+    this.element = make("li", { class: "turn question" }, worded("h2", { class: "unseen" }, "you"), this.body, this.actions);
   }
 
   edit() {
@@ -55,7 +55,7 @@ export class Answer {
     this.copy = iconButton("copy", "copy", () => copyText(this.text).then(() => flash(this.copy)));
     this.again = iconButton("again", "regenerate", onAgain, { class: "quiet round small needs-idle again" });
     this.foot = make("div", { class: "actions", hidden: true }, this.copy, this.again, this.figures);
-    this.element = make("li", { class: "turn reply" }, worded("h3", { class: "unseen" }, "answer"), this.body, this.foot);
+    this.element = make("li", { class: "turn reply" }, worded("h2", { class: "unseen" }, "answer"), this.body, this.foot);
   }
 
   /** Shows the text so far; drawn once a frame however many pieces come. */
