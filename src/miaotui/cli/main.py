@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "Serve a model to OpenAI clients.",
     "pull": "Fetch a model, so that it can be used offline.",
     "bench": "Measure speed by regime, beside this machine's ceilings.",
+    "bench serve": "Measure how a server answers under load.",
     "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",
     "compare": "Tell two models apart on the same text.",
     "doctor": "Look at this machine, and whether a model fits it.",
@@ -30,7 +31,10 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Lists COMMANDS without importing them; `miaotui.cli.<name>` has the command under the name `command`."""
+    """Lists COMMANDS without importing them; `miaotui.cli.<name>` has the command under the name `command`.
+
+    A name of two words is a command beside the one of its first word, which takes any other second word.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -38,9 +42,15 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(f"miaotui.cli.{cmd_name}").command
+        command = import_module(f"miaotui.cli.{cmd_name.replace(' ', '_')}").command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        both = " ".join(args[:2])
+        return super().resolve_command(ctx, [both, *args[2:]] if both in COMMANDS else args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
