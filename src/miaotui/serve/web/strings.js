@@ -20,7 +20,7 @@ const en = {
   keys: "Enter sends · Shift + Enter starts a line · Esc stops",
 
   emptyTitle: "What would you like to ask?",
-  emptyText: "Answers come from this server and nowhere else: nothing you type leaves for another machine.",
+  emptyText: "What you type goes to this server and nowhere else.",
   example1: "Explain how a rainbow forms, in three sentences.",
   example2: "Write a Python function that reverses a string.",
   example3: "List five things to check before a long bicycle trip.",
@@ -144,7 +144,7 @@ const zh = {
   keys: "Enter 发送 · Shift + Enter 换行 · Esc 停止",
 
   emptyTitle: "想问点什么？",
-  emptyText: "回答只来自这台服务器；你输入的内容不会发往别处。",
+  emptyText: "你输入的内容只发给这台服务器，不会发往别处。",
   example1: "用三句话解释彩虹是怎样形成的。",
   example2: "写一个反转字符串的 Python 函数。",
   example3: "长途骑行前要检查哪五件事？",
