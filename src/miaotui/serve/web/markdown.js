@@ -7,6 +7,7 @@ const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
+const DEEPEST = 8; // quotes in quotes, lists in lists: a model that loops can write thousands
 
 /** Cuts text into blocks: `{ type, source, … }`; `source` tells an unchanged block while an answer grows. */
 export function parse(text) {
@@ -61,7 +62,7 @@ function takeList(lines, i) {
   for (; end < lines.length; end += 1) {
     const match = ITEM.exec(lines[end]);
     if (match && !RULE.test(lines[end])) {
-      items.push({ indent: match[1].length, mark: match[2], text: match[3] });
+      items.push({ indent: Math.min(match[1].length, 2 * DEEPEST), mark: match[2], text: match[3] });
     } else if (!lines[end].trim()) {
       if (end + 1 >= lines.length || !ITEM.test(lines[end + 1])) break;
     } else if (/^\s/.test(lines[end]) && !opens(lines[end])) {
@@ -83,11 +84,11 @@ export function show(host, text) {
     same += 1;
   }
   while (host.children.length > same) host.lastChild.remove();
-  host.append(...blocks.slice(same).map(element));
+  host.append(...blocks.slice(same).map((block) => element(block)));
   host.blocks = blocks;
 }
 
-function element(block) {
+function element(block, depth = 0) {
   switch (block.type) {
     case "code":
       return code(block);
@@ -98,7 +99,8 @@ function element(block) {
     case "list":
       return list(block.items, 0, block.items.length);
     case "quote":
-      return make("blockquote", {}, ...parse(block.text).map(element));
+      if (depth === DEEPEST) return make("p", {}, block.text);
+      return make("blockquote", {}, ...parse(block.text).map((inner) => element(inner, depth + 1)));
     default:
       return make("p", {}, ...inline(block.text));
   }
