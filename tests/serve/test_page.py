@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,12 @@ def running(model: Path, *options: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def address(demo_gguf: Path, browser: Any) -> Iterator[str]:
-    with running(demo_gguf) as started:
+def address(demo_gguf: Path, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the demo model, beside which a card lies."""
+    folder = tmp_path_factory.mktemp("artefact")
+    (folder / "demo.gguf").symlink_to(demo_gguf)
+    (folder / "card.json").write_text(json.dumps(CARD))
+    with running(folder / "demo.gguf") as started:
         yield started
 
 
@@ -107,7 +111,15 @@ def visit(browser: Any) -> Iterator[Open]:
     contexts: list[Any] = []
     wrong: list[str] = []
 
-    def go(url: str, *, width: int = 1280, height: int = 800, locale: str = "en-US", **options: Any) -> Any:
+    def go(
+        url: str,
+        *,
+        width: int = 1280,
+        height: int = 800,
+        locale: str = "en-US",
+        routes: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, locale=locale, **options)
         contexts.append(context)
         page = context.new_page()
@@ -116,6 +128,8 @@ def visit(browser: Any) -> Iterator[Open]:
         # The browser itself logs answers of 4xx and 5xx; the page asks on purpose whether there is a card, or a key.
         page.on("console", lambda m: wrong.append(m.text) if logged(m) else None)
         page.on("request", lambda r: wrong.append(f"asked {r.url}") if not r.url.startswith(url) else None)
+        for pattern, answer in (routes or {}).items():
+            page.route(pattern, answer)
         page.goto(url)
         return page
 
@@ -582,30 +596,49 @@ def test_metrics_become_samples(address: str, visit: Open) -> None:
 
 
 def test_the_charts_show_the_server_and_rest_out_of_sight(address: str, visit: Open) -> None:
-    page = visit(address)
-    scrapes: list[str] = []
-    page.on("request", lambda r: scrapes.append(r.url) if r.url.endswith("/metrics") else None)
-    ask(page, tokens=None)
+    scrapes = 0
+
+    def figures(route: Any) -> None:
+        nonlocal scrapes
+        scrapes += 1
+        route.fulfill(body=scrape(running=3, waiting=1, cache=0.5, tokens=100 * scrapes, firsts=scrapes))
+
+    page = visit(address, routes={"**/metrics": figures})
     charts = page.locator(".chart")
     expect(charts).to_have_count(4)
-    expect(charts.nth(0).locator(".value")).to_have_text(re.compile(r"[1-9]"))
-    expect(charts.nth(3).locator(".value")).to_have_text(re.compile(r"\d m?s"))
-    assert re.search(
-        r"Tokens per second.*highest \d", charts.nth(0).get_by_role("img").get_attribute("aria-label") or ""
-    )
+    expect(charts.nth(0).locator(".value")).to_have_text(re.compile(r"[1-9]\d"))
+    expect(charts.nth(1).locator(".value")).to_have_text("3 running1 waiting")
+    expect(charts.nth(2).locator(".value")).to_have_text("50%")
+    expect(charts.nth(3).locator(".value")).to_have_text("250 ms")
+    spoken = charts.nth(2).get_by_role("img").get_attribute("aria-label")
+    assert spoken == "KV cache in use, the last minute. Now 50%; highest 50%."
     assert charts.nth(2).locator("text").all_text_contents() == ["0%", "50%", "100%", "60 s ago", "30 s ago", "now"]
     page.click("#tab-settings")
     page.wait_for_timeout(300)
-    seen = len(scrapes)
+    seen = scrapes
     page.wait_for_timeout(1500)
-    assert len(scrapes) == seen
+    assert scrapes == seen
+    page.unroute("**/metrics")
+    page.route("**/metrics", lambda route: route.abort())
+    page.click("#tab-live")
+    expect(page.locator("#live-state")).to_contain_text("can't be reached")
+
+
+def scrape(*, running: int, waiting: int, cache: float, tokens: int, firsts: int) -> str:
+    """What /metrics answers; each first token took a quarter of a second."""
+    figures = {
+        "num_requests_running": running,
+        "num_requests_waiting": waiting,
+        "kv_cache_usage_perc": cache,
+        "generation_tokens_total": tokens,
+        "time_to_first_token_seconds_sum": firsts / 4,
+        "time_to_first_token_seconds_count": firsts,
+    }
+    return "".join(f'miaotui:{name}{{model_name="demo"}} {value}\n' for name, value in figures.items())
 
 
 def test_a_card_is_shown_as_tables(address: str, visit: Open) -> None:
     page = visit(address)
-    expect(page.get_by_role("tab")).to_have_count(2)
-    page.route("**/card.json", lambda route: route.fulfill(json=CARD))
-    page.reload()
     page.get_by_role("tab", name="Card").click()
     pane = page.locator("#pane-card")
     assert pane.locator("h3").inner_text() == "quick"
@@ -616,6 +649,10 @@ def test_a_card_is_shown_as_tables(address: str, visit: Open) -> None:
     assert pane.locator("img").count() == 0
     page.get_by_role("button", name="切换到中文").click()
     expect(pane.get_by_role("columnheader", name="之后").first).to_be_visible()
+    page.route("**/card.json", lambda route: route.fulfill(status=404))
+    page.reload()
+    expect(page.locator("#model")).to_be_enabled()
+    expect(page.get_by_role("tab")).to_have_count(2)
 
 
 def test_an_odd_card_breaks_nothing(address: str, visit: Open) -> None:
@@ -641,31 +678,43 @@ def test_the_server_gives_the_card_that_lies_beside_the_model(tmp_path: Path) ->
 
 
 # -- keys and safety -------------------------------------------------------------------------------------
-def test_a_key_is_asked_for_and_kept_in_the_tab(demo_gguf: Path, visit: Open) -> None:
-    with running(demo_gguf, "--api-key", KEY) as address:
-        page = visit(address)
-        dialog = page.get_by_role("dialog")
-        expect(dialog).to_be_visible()
-        assert page.evaluate("document.activeElement.id") == "key"
-        page.keyboard.type("wrong")
-        page.keyboard.press("Enter")
-        expect(dialog).to_contain_text("did not accept")
-        page.fill("#key", KEY)
-        page.keyboard.press("Enter")
-        expect(dialog).to_be_hidden()
-        ask(page)
-        answered(page)
-        assert page.evaluate("JSON.stringify(localStorage)").find(KEY) == -1
-        assert KEY in page.evaluate("JSON.stringify(sessionStorage)")
-        page.click("#tab-settings")
-        page.get_by_role("button", name="Forget it").click()
-        assert KEY not in page.evaluate("JSON.stringify(sessionStorage)")
-        page.click("#tab-live")
-        page.fill("#question", "Still there?")
-        page.press("#question", "Enter")
-        expect(dialog).to_be_visible()
-        page.keyboard.press("Escape")
-        expect(page.get_by_role("alert").filter(has_text="wants a valid API key")).to_be_visible()
+def test_a_key_is_asked_for_and_kept_in_the_tab(address: str, visit: Open) -> None:
+    page = visit(address, routes={"**/v1/**": guard})
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("did not accept")
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    ask(page)
+    answered(page)
+    assert KEY not in page.evaluate("JSON.stringify(localStorage)")
+    assert KEY in page.evaluate("JSON.stringify(sessionStorage)")
+    page.click("#tab-settings")
+    page.get_by_role("button", name="Forget it").click()
+    assert KEY not in page.evaluate("JSON.stringify(sessionStorage)")
+    page.fill("#question", "Still there?")
+    page.press("#question", "Enter")
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("alert").filter(has_text="wants a valid API key")).to_be_visible()
+
+
+def guard(route: Any) -> None:
+    """Lets requests with the key through."""
+    if route.request.headers.get("authorization") == f"Bearer {KEY}":
+        route.continue_()
+    else:
+        error = {
+            "message": "Incorrect API key.",
+            "type": "authentication_error",
+            "param": None,
+            "code": "invalid_api_key",
+        }
+        route.fulfill(status=401, json={"error": error})
 
 
 def test_nothing_of_the_page_is_inline_or_foreign(address: str, visit: Open) -> None:
