@@ -54,10 +54,12 @@ def command(
 
     The base URL is http://HOST:PORT/v1. /health answers at once, /ready when the model is loaded.
     """
-    from miaotui.serve.run import in_background, open_socket, run
+    from miaotui.serve.run import check_certificate, in_background, open_socket, run
 
     if ssl_keyfile is not None and ssl_certfile is None:
         raise UsageError("--ssl-keyfile needs a certificate.", "Add --ssl-certfile FILE.")
+    if ssl_certfile is not None:
+        check_certificate(ssl_certfile, ssl_keyfile)
     chat_template = options.pop("chat_template")
     engine = take_engine(options)
     listening = open_socket(host, port)

@@ -50,7 +50,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def in_background(load: Callable[[], LLM]) -> Future[LLM]:
-    """Begin to load the model on a thread of its own."""
+    """Begin to load the model on a thread of its own. Python's end waits for it, as native code cannot be cut off."""
     future: Future[LLM] = Future()
 
     def run() -> None:
@@ -59,8 +59,24 @@ def in_background(load: Callable[[], LLM]) -> Future[LLM]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="miaotui-load", daemon=True).start()
+    threading.Thread(target=run, name="miaotui-load").start()
     return future
+
+
+def check_certificate(certfile: str, keyfile: str | None) -> None:
+    """Raise UsageError when the server could not use them."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, _no_password)
+    except OSError as error:
+        cause = f"The certificate or its key cannot be used: {error}."
+        raise UsageError(cause, "Give --ssl-certfile and --ssl-keyfile in PEM, the key without a password.") from None
+
+
+def _no_password() -> str:
+    """Nobody is there to be asked for one."""
+    return ""
 
 
 def run(
@@ -87,31 +103,25 @@ def run(
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    try:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=_LAST_WRITES,
-            ssl_certfile=ssl_certfile,
-            ssl_keyfile=ssl_keyfile,
-        )
-        config.load()
-    except OSError as error:
-        raise UsageError(
-            f"The certificate or its key cannot be used: {error}.", "Check --ssl-certfile and --ssl-keyfile."
-        ) from None
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_LAST_WRITES,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(service, Server(config), listening, model, on_ready))
     if not model.done():
         sys.stderr.flush()
-        os._exit(0)  # the thread that loads is in native code, which Python's own end cannot interrupt
+        os._exit(0)  # the thread that loads is in native code, and Python's own end would wait for it
 
 
 async def _serve(
