@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import miaotui
@@ -154,8 +155,8 @@ class BodyResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._respond(scope, receive, send)
-        except Abandoned:
-            pass
+        except (Abandoned, ClientDisconnect):
+            pass  # nobody is there to be answered
         except Exception as error:
             await error_response(error)(scope, receive, send)
 
