@@ -34,7 +34,7 @@ class Fake:
     peak: int = 0
 
     def app(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         for path in ("/v1/completions", "/v1/chat/completions"):

@@ -113,6 +113,13 @@ def test_without_usage_arrivals_are_counted() -> None:
     assert "without usage" in found["notes"][0]
 
 
+def test_a_prompt_of_megabytes(fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "word " * 300_000, "output_tokens": 1}))
+    found = measured(fake, dataset=Dataset(name="custom", path=file), num_prompts=1)
+    assert (found["total_input_tokens"], found["failures"]) == (300_001, [])
+
+
 # -- failures ------------------------------------------------------------------------------------------------
 def test_failures_are_counted_by_cause(fake: Fake) -> None:
     fake.faults = ["", "429", "cut", "drop", "error", "429", "empty", "broken", "whole", ""]

@@ -7,6 +7,7 @@ reading for each arrival, one JSON parse for each event.
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,7 +140,9 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> Outcome
     """POST a streaming request and read its answer to the end. Never raises but for being cancelled."""
     outcome = Outcome(time.perf_counter())
     try:
-        async with session.post(url, data=body) as response:
+        # aiohttp would write a long body in one piece that holds up the loop, and warns of it
+        data = io.BytesIO(body) if len(body) > 1 << 20 else body
+        async with session.post(url, data=data) as response:
             if response.status != 200:
                 outcome.failure = Failure(f"HTTP {response.status}", _message_of(await response.read()))
             elif response.content_type == "application/json":
