@@ -220,7 +220,7 @@ def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[floa
     draw = random.Random(f"{seed} arrivals")
     due, times = 0.0, []
     for _ in range(count):
-        due += 1.0 if math.isinf(burstiness) else draw.gammavariate(burstiness, 1.0 / burstiness)
+        due += 1.0 if math.isinf(burstiness) else draw.gammavariate(burstiness, 1.0)
         times.append(due)
     return [time * (count / rate) / due for time in times]
 
