@@ -142,10 +142,11 @@ def serving(
         listening.close()
 
 
-def raw_post(port: int, path: str, body: dict[str, Any]) -> socket.socket:
+def raw_post(port: int, path: str, body: dict[str, Any], **headers: str) -> socket.socket:
     """A connection on which a request has been sent, and nothing read."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    told = {"host": "x", "content-type": "application/json", "content-length": str(len(data)), **headers}
+    head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in told.items()) + "\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     connection.sendall(head.encode() + data)
     return connection

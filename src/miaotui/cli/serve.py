@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +14,7 @@ from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
     from miaotui.engine.llm import LLM
+    from miaotui.serve.auth import Keys
 
 
 @click.command("serve")
@@ -46,26 +49,56 @@ if TYPE_CHECKING:
 )
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="Serve HTTPS with this certificate.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="The certificate's private key.")
+@click.option(
+    "--api-key", multiple=True, help="A key that requests must have. Can be given again; also MIAOTUI_API_KEY."
+)
+@click.option("--api-keys-file", type=click.Path(dir_okay=False, path_type=Path), help="Keys made by `miaotui keys`.")
+@click.option(
+    "--allowed-origins", multiple=True, help="A site whose pages may ask, such as https://example.org; * is all."
+)
+@click.option(
+    "--access-log/--no-access-log", default=True, show_default=True, help="A JSON line on stderr per request."
+)
+@click.option("--log-prompts", is_flag=True, help="Have the access log hold what was asked.")
 @engine_options
 def command(
-    model: str, host: str, port: int, ssl_certfile: str | None, ssl_keyfile: str | None, **options: Any
-) -> None:  # fmt: skip
+    model: str,
+    host: str,
+    port: int,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    api_key: tuple[str, ...],
+    api_keys_file: Path | None,
+    allowed_origins: tuple[str, ...],
+    access_log: bool,
+    log_prompts: bool,
+    **options: Any,
+) -> None:
     """Serve MODEL to OpenAI clients.
 
     The base URL is http://HOST:PORT/v1. /health answers at once, /ready when the model is loaded.
+    With keys, only /health, /ready, /ping and the page's files are open without one.
     """
+    if log_prompts and not access_log:
+        raise UsageError("--log-prompts needs the access log.", "Leave --no-access-log out.")
     from miaotui.serve.run import check_certificate, in_background, open_socket, run
 
     if ssl_keyfile is not None and ssl_certfile is None:
         raise UsageError("--ssl-keyfile needs a certificate.", "Add --ssl-certfile FILE.")
     if ssl_certfile is not None:
         check_certificate(ssl_certfile, ssl_keyfile)
+    given = [*api_key, *filter(None, [os.environ.get("MIAOTUI_API_KEY")])]
+    keys = _keys(given, api_keys_file)
+    if keys is None and not _is_loopback(host):
+        click.echo(f"warning: {host} can be reached by others, and no API key is asked for. Give --api-key.", err=True)
     chat_template = options.pop("chat_template")
     engine = take_engine(options)
     listening = open_socket(host, port)
     loading = in_background(lambda: _load(model, engine, chat_template))
 
     from miaotui.serve.app import create_app
+    from miaotui.serve.guard import guarded
+    from miaotui.serve.metrics import Metrics
     from miaotui.serve.service import Service
     from miaotui.serve.settings import ServeSettings
 
@@ -74,8 +107,15 @@ def command(
         request_timeout=options.pop("request_timeout") or None,
         **options,
     )
-    service = Service(settings)
-    app = create_app(service, settings)
+    metrics = Metrics(settings.served_model_names[0])
+    service = Service(settings, observe=metrics.observe)
+    app = guarded(
+        create_app(service, settings, metrics=metrics),
+        keys=keys,
+        allowed_origins=allowed_origins,
+        access_log=access_log,
+        log_prompts=log_prompts,
+    )
     url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listening.getsockname()[1]}"
     click.echo(f"Listening on {url} (the model is loading)", err=True)
     run(
@@ -87,6 +127,19 @@ def command(
         ssl_keyfile=ssl_keyfile,
         on_ready=lambda: click.echo(f"Ready: {url}/v1 serves {' and '.join(settings.served_model_names)}", err=True),
     )
+
+
+def _keys(given: list[str], file: Path | None) -> Keys | None:
+    """None when no key was given in any way: then everybody may ask."""
+    if not given and file is None:
+        return None
+    from miaotui.serve.auth import Keys
+
+    return Keys(given, file)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _load(model: str, engine: dict[str, Any], chat_template: str | None) -> LLM:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 import miaotui
 from miaotui.serve.limits import read_body
+from miaotui.serve.metrics import CONTENT_TYPE, Metrics
 from miaotui.serve.openai.errors import ApiError, as_api_error, no_such_model, refused
 from miaotui.serve.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miaotui.serve.page import add_card, add_page
@@ -51,7 +52,7 @@ def error_response(error: Exception) -> Json:
     return Json(found.body(), found.status, found.headers)
 
 
-def create_app(service: Service, settings: ServeSettings) -> FastAPI:
+def create_app(service: Service, settings: ServeSettings, *, metrics: Metrics | None = None) -> FastAPI:
     """All routes. The model may be attached to the service later."""
     app = FastAPI(title="Miaotui", version=miaotui.__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
@@ -62,6 +63,8 @@ def create_app(service: Service, settings: ServeSettings) -> FastAPI:
         _add_endpoint(app, path, service, LookupResponse)
     _add_models(app, service)
     _add_state(app, service)
+    if metrics is not None:
+        _add_metrics(app, metrics)
     add_page(app)
     add_card(app, lambda: service.card)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -132,6 +135,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Json({"version": miaotui.__version__})
 
 
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", response_class=Response)
+    async def figures() -> Response:
+        """The server's figures, for Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
 async def _http_error(_: Request, error: Exception) -> Response:
     """What the framework refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
@@ -200,6 +210,7 @@ class JobResponse(BodyResponse):
                         await Json(await service.whole(running))(scope, receive, send)
                 finally:
                     watch.cancel()
+                    scope.setdefault("state", {}).update(running.tokens)
 
 
 async def _watch(receive: Receive, running: Running) -> None:

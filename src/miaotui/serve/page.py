@@ -36,6 +36,12 @@ def add_page(app: FastAPI, folder: Path = WEB) -> None:
             _add_file(app, "/" + file.relative_to(folder).as_posix(), file)
 
 
+def page_paths(folder: Path = WEB) -> frozenset[str]:
+    """What the page consists of; nothing in it is secret."""
+    files = {"/" + file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in _TYPES}
+    return frozenset(files | {"/"})
+
+
 def add_card(app: FastAPI, card: Callable[[], Path | None]) -> None:
     """Serve the model's card at `/card.json`, where `card` knows of one; 404 else, and the page shows none."""
 

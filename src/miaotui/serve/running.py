@@ -43,6 +43,8 @@ class Running:
     ) -> None:
         """Hand the orders over. `everyone` lists all that run; this one is in it until its end."""
         self.job = job
+        self.tokens = {"prompt_tokens": sum(len(order.prompt_token_ids) for order in orders), "completion_tokens": 0}
+        """For the access log."""
         self._places = {order.request_id: i for i, order in enumerate(orders)}
         self._worker = worker
         self._mailbox = Mailbox()
@@ -71,6 +73,10 @@ class Running:
         """The client has gone."""
         self.fail(Abandoned())
 
+    def _count(self, output: RequestOutput) -> None:
+        for choice in output.outputs:
+            self.tokens["completion_tokens"] += len(choice.token_ids)
+
     async def whole(self, in_thread: InThread) -> dict[str, Any]:
         """The whole answer, once all prompts are finished. Raises what they ended with."""
         outputs: dict[int, RequestOutput] = {}
@@ -79,6 +85,7 @@ class Running:
                 if isinstance(item, Exception):
                     raise item
                 outputs[self._places[item.request_id]] = item
+                self._count(item)
         ordered = [outputs[i] for i in range(len(outputs))]
         if self.job.params.logprobs is None:
             return self.job.answer(ordered)
@@ -95,6 +102,7 @@ class Running:
                     if isinstance(item, Exception):
                         raise item
                     wire += chunks(places[item.request_id], item)
+                    self._count(item)
                     left -= item.finished
                 if left and wire:
                     yield wire
