@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from miaotui.engine.params import SamplingParams
@@ -12,6 +12,7 @@ from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
 from miaotui.serve.openai.sampling import aliases, chat_logprobs, end_tokens, sampling_params, told
 from miaotui.serve.openai.schemas import ChatRequest, Message, Tool, validate
+from miaotui.serve.openai.voice import ToolParser, Voice, whole_message
 
 _LONG = 1 << 17
 """Characters of a conversation from which its length is looked at before it is encoded."""
@@ -31,8 +32,7 @@ class ChatJob:
         if request.max_completion_tokens is not None:
             self.aliases["max_tokens"] = "max_completion_tokens"
         self.params = self._params(request)
-        if request.tools:
-            raise refused("tools are not supported.", "tools")
+        self._new_parser = _parsers(model, request)
         self.prompts = [
             chat_prompt(
                 model, request.messages, request.tools, request.add_generation_prompt, request.chat_template_kwargs
@@ -41,7 +41,8 @@ class ChatJob:
         self._ends = end_tokens(self.params, model.engine.config.eos_token_ids)
         self._usage = Usage() if request.stream_options and request.stream_options.include_usage else None
         self._started = False
-        self._role_told: set[int] = set()
+        self._voices: dict[int, Voice] = {}
+        """By choice; those that have been heard."""
         self._head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.name}
 
     def _params(self, request: ChatRequest) -> SamplingParams:
@@ -65,24 +66,30 @@ class ChatJob:
         }
 
     def _choice(self, choice: CompletionOutput) -> dict[str, Any]:
+        voice = Voice(self._new_parser)
+        message = {"role": "assistant", **whole_message(voice.say(choice)), "refusal": None}
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": voice.finish_reason(choice),
         }
 
     # -- streamed ------------------------------------------------------------------------------------------
     def chunks(self, prompt: int, output: RequestOutput) -> bytes:
         wire = []
         for choice in output.outputs:
-            if choice.index not in self._role_told:
-                self._role_told.add(choice.index)
+            voice = self._voices.get(choice.index)
+            if voice is None:
+                voice = self._voices[choice.index] = Voice(self._new_parser)
                 wire.append(self._chunk(choice.index, {"role": "assistant", "content": ""}))
-            logprobs = self._logprobs(choice)
-            if choice.text or logprobs or choice.finish_reason:
-                delta = {"content": choice.text} if choice.text else {}
-                wire.append(self._chunk(choice.index, delta, logprobs, choice.finish_reason))
+            logprobs, finish = self._logprobs(choice), voice.finish_reason
+            deltas = voice.say(choice)
+            if not deltas and (choice.finish_reason or logprobs):
+                deltas = [{}]
+            for i, delta in enumerate(deltas):
+                last = i == len(deltas) - 1
+                wire.append(self._chunk(choice.index, delta, None if i else logprobs, finish(choice) if last else None))
         if self._usage is not None:
             if not self._started:
                 self._started = True
@@ -108,6 +115,13 @@ class ChatJob:
             return None
         scored = told(choice, self._ends, self.params)
         return {"content": chat_logprobs(scored, self._top, self.model.tokenizer), "refusal": None}
+
+
+def _parsers(model: Model, request: ChatRequest) -> Callable[[], ToolParser] | None:
+    """What makes a parser of each choice's calls; None where no tools are offered."""
+    if request.tools or request.tool_choice is not None:
+        raise refused("Tools are not supported by this model. Leave them out.", "tools", "unsupported_parameter")
+    return None
 
 
 def prepare(model: Model, body: Mapping[str, Any]) -> ChatJob:
