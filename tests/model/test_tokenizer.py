@@ -261,3 +261,26 @@ def test_half_a_character_is_refused_and_named() -> None:
     for text in ("caf\udce9", "\ud83d"):
         with pytest.raises(RequestError, match="not Unicode: it holds"):
             tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_a_long_text_has_the_ids_of_a_short_one(demo_gguf: Path, parse_special: bool) -> None:
+    """Long texts go another way through the library, which lets other threads run."""
+    ours = Tokenizer.from_checkpoint(open_checkpoint(demo_gguf))
+    lines = [f"Line {i} <|im_end|> 秒推 é\n" for i in range(600)]
+    long = "".join(lines)
+    assert len(long) > 4096 > len(lines[0])
+    apart = [i for line in lines for i in ours.encode(line, parse_special=parse_special)]
+    assert ours.decode(ours.encode(long, parse_special=parse_special), False) == ours.decode(apart, False) == long
+    ids = ours.encode(long, parse_special=parse_special)
+    ours.backend.encode_special_tokens = not parse_special
+    assert ids == ours.backend.encode(long).ids
+
+
+def test_least_tokens_is_never_too_many(demo_gguf: Path) -> None:
+    tokenizers = [Tokenizer.from_checkpoint(open_checkpoint(demo_gguf)), _from_gguf(tiny.gguf_sentencepiece())]
+    for ours in tokenizers:
+        longest = max(ours.backend.get_vocab(), key=len)
+        for text in (*tiny.TEXTS, "", " " * 5000, "x" * 5000, "word " * 900, longest * 40):
+            assert ours.least_tokens(text) <= len(ours.encode(text, add_special_tokens=False, parse_special=True))
+    assert tokenizers[0].least_tokens("word " * 100_000) > 4000

@@ -49,7 +49,7 @@ def test_a_client_that_leaves_is_cancelled(small: Server, stream: bool) -> None:
 def test_clients_that_leave_at_any_moment(small: Server) -> None:
     """Random requests, closed at random moments; whatever happens, nothing is left behind."""
     dice = random.Random(5)
-    for _ in range(25):
+    for _ in range(15):
         body = {
             **LONG,
             "stream": dice.random() < 0.7,
