@@ -43,8 +43,9 @@ def test_greedy_is_the_naive_loop(budget: int, batch: int, blocks: int) -> None:
 def test_a_prefix_is_run_once(prefix: bool) -> None:
     engine = toy_engine(prefix=prefix)
     prompt = list(range(100))
-    first = engine.add_request(prompt, GREEDY)
-    assert finish(engine)[first].num_cached_tokens == 0
+    first = engine.add_request(prompt, GREEDY, arrival_time=12.5)
+    output = finish(engine)[first]
+    assert (output.num_cached_tokens, output.metrics.arrival_time) == (0, 12.5)
     again = engine.add_request(prompt[:97], GREEDY)
     output = finish(engine)[again]
     assert output.num_cached_tokens == (96 if prefix else 0)
@@ -53,7 +54,10 @@ def test_a_prefix_is_run_once(prefix: bool) -> None:
     output = finish(engine)[longer]
     assert output.num_cached_tokens == (112 if prefix else 0)
     assert output.outputs[0].token_ids == naive_greedy(output.prompt_token_ids, 24)
-    assert engine.stats.prefix_hits == (96 + 112 if prefix else 0)
+    stats = engine.stats
+    assert stats.prefix_hits == (96 + 112 if prefix else 0)
+    assert stats.prompt_tokens == 100 + 97 + 124
+    assert stats.step_tokens == stats.prompt_tokens - stats.prefix_hits + 3 * 23, "the last token is not run"
 
 
 def test_the_last_token_is_always_run() -> None:

@@ -93,6 +93,10 @@ def test_greedy_is_the_naive_loop(kind: str, budget: int, seqs: int, blocks: int
             assert output.outputs[0].token_ids == naive_greedy(prompt, 40, VOCAB)
     stats = engine.stats
     assert budget == 1 or stats.tokens_drafted >= stats.drafts_accepted > 0
+    assert stats.drafts <= stats.tokens_drafted
+    assert sum(stats.accepted_by_position) == stats.drafts_accepted
+    places = [stats.drafts, *stats.accepted_by_position]
+    assert places == sorted(places, reverse=True)
     if budget > 1 and kind == "twin" and seqs == 1:
         assert stats.drafts_accepted > 0.9 * stats.tokens_drafted
         assert stats.steps < 0.4 * stats.generated_tokens

@@ -45,11 +45,18 @@ class EngineStats:
     blocks_paged_out: int
     """Blocks written to the prefix cache file."""
     blocks_paged_in: int
+    drafts: int
+    """Guesses of speculation, each of one token or more."""
     tokens_drafted: int
     """Tokens that speculation proposed, and how many of them came true."""
     drafts_accepted: int
+    accepted_by_position: tuple[int, ...]
+    """Of `drafts_accepted`, how many were a guess's first token, its second, …; empty without speculation."""
     steps: int
+    step_tokens: int
+    """Tokens that went through the model: prompts without what the prefix cache had, answers, guesses, recomputed."""
     prompt_tokens: int
+    """Of the requests that have begun to run, cached ones included."""
     generated_tokens: int
     finished: dict[FinishReason, int]
 
@@ -96,7 +103,7 @@ class Engine:
         self._branches = Branches(self._scheduler, executor, self._prepare)
         self._speculator = speculator
         self._requests: dict[str, Request] = {}
-        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._arrivals = self._steps = self._step_tokens = self._prompt_tokens = self._generated_tokens = 0
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
 
     @property
@@ -123,12 +130,14 @@ class Engine:
         priority: int = 0,
         stream: bool = False,
         grammar: GrammarMask | None = None,
+        arrival_time: float | None = None,
     ) -> str:
         """Take a request; returns its id. A smaller `priority` is more urgent.
 
         A text is the model's own input: the text of a special token in it is that token, as in transformers.
         With `stream`, each step's outputs hold what it added; without, there is one output, at the end.
         `grammar` is what `check` made of the same parameters, for this request alone.
+        `arrival_time` (of `time.monotonic`) is for a caller that had the request before now.
         Raises RequestError for what can never be served.
         """
         ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
@@ -144,7 +153,7 @@ class Engine:
             priority=priority,
             arrival=self._arrivals,
             stream=stream and isinstance(params, SamplingParams),
-            now=time.monotonic(),
+            now=arrival_time if arrival_time is not None else time.monotonic(),
         )
         assert request.id not in self._requests, f"request id {request.id} is in use"
         if isinstance(params, BeamSearchParams):
@@ -157,7 +166,6 @@ class Engine:
         self._scheduler.add(request.sequences[0])
         self._requests[request.id] = request
         self._arrivals += 1
-        self._prompt_tokens += len(ids)
         return request.id
 
     def cancel(self, request_id: str) -> RequestOutput | None:
@@ -191,6 +199,7 @@ class Engine:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.monotonic()
                 request.num_cached_tokens = sequence.computed
+                self._prompt_tokens += len(request.prompt_token_ids)
         if self._speculator is not None:
             self._speculator.draft(plan, self._scheduler)
         return plan
@@ -199,6 +208,7 @@ class Engine:
         if not plan.counts:
             return np.empty((0, self.executor.vocab_size), np.float32)
         self._steps += 1
+        self._step_tokens += sum(plan.counts.values())
         started = time.perf_counter()
         logits = self.executor.run(self._batch.fill(plan))
         if self._speculator is not None:
@@ -343,9 +353,12 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             blocks_paged_out=self._pager.file.saved if self._pager is not None else 0,
             blocks_paged_in=self._pager.file.found if self._pager is not None else 0,
+            drafts=self._speculator.drafts if self._speculator is not None else 0,
             tokens_drafted=self._speculator.proposed if self._speculator is not None else 0,
             drafts_accepted=self._speculator.accepted if self._speculator is not None else 0,
+            accepted_by_position=tuple(self._speculator.accepted_at) if self._speculator is not None else (),
             steps=self._steps,
+            step_tokens=self._step_tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             finished=dict(self._finished),

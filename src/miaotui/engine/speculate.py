@@ -128,7 +128,9 @@ class Speculator:
         self._odds = Odds()
         self._records: dict[Sequence, _Record] = {}
         self._rest = self._next_rest = 0
-        self.proposed = self.accepted = 0
+        self.drafts = self.proposed = self.accepted = 0
+        self.accepted_at = [0] * self._longest
+        """How many drafts came true up to each of their tokens."""
 
     def draft(self, plan: Schedule, scheduler: Scheduler) -> None:
         """Add drafts to a step, in the room that its own tokens leave."""
@@ -148,7 +150,9 @@ class Speculator:
         if len(going) >= _CROWD:
             self._rest = self._next_rest = 0 if lengths else min(2 * self._next_rest + 1, _MOST_REST)
         for sequence, tokens in self._proposer.propose(lengths).items() if lengths else ():
-            self.proposed += len(scheduler.draft(plan, sequence, tokens))
+            drafted = len(scheduler.draft(plan, sequence, tokens))
+            self.drafts += drafted > 0
+            self.proposed += drafted
 
     def ran(self, plan: Schedule, seconds: float) -> None:
         """Learn from a step's time."""
@@ -157,6 +161,8 @@ class Speculator:
     def judge(self, sequence: Sequence, proposed: int, accepted: int) -> None:
         """Learn what became of a sequence's draft. Of one that has ended nothing is learnt: it was cut short."""
         self.accepted += accepted
+        for place in range(accepted):
+            self.accepted_at[place] += 1
         record = self._records.get(sequence)
         if record is not None:
             record.odds.judge(record.kind, proposed, accepted)
