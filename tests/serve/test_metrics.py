@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,14 @@ from urllib.request import urlopen
 
 import pytest
 from openai import OpenAI
+from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from miaotui.engine.engine import EngineStats
+from miaotui.engine.request import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from miaotui.serve import metrics as module
 from miaotui.serve.app import create_app
-from miaotui.serve.metrics import Metrics
+from miaotui.serve.metrics import Histogram, Metrics
 from miaotui.serve.service import Service
 from miaotui.serve.settings import ServeSettings
 from tests.serve.serving import MODEL, Server, serving
@@ -72,7 +77,8 @@ def test_a_request_is_counted(server: Server) -> None:
     assert grown["inter_token_latency_seconds_count"] == 8 + 6
     assert grown["request_generation_tokens_sum"] == 16
     assert grown["request_prompt_tokens_sum"] == grown["prompt_tokens_total"] == grown["prefix_cache_queries_total"]
-    assert grown["iteration_tokens_total_sum"] == grown["prompt_tokens_total"] + 16
+    computed = grown["prompt_tokens_total"] - grown["prefix_cache_hits_total"]
+    assert grown["iteration_tokens_total_sum"] == computed + 16 - 2, "the last token of an answer is not run"
     assert grown["e2e_request_latency_seconds_sum"] >= grown["time_to_first_token_seconds_sum"]
     assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
 
@@ -87,24 +93,30 @@ def test_an_abandoned_request_is_counted(server: Server) -> None:
         assert _figures(server)["num_requests_running"] == 1
         stream.close()
     server.quiet()
-    assert _figures(server)["request_success_total/abort"] == before["request_success_total/abort"] + 1
+    after = _figures(server)
+    assert after["request_success_total/abort"] == before["request_success_total/abort"] + 1
+    assert after["time_to_first_token_seconds_count"] == before["time_to_first_token_seconds_count"] + 1
+    for name in ("e2e_request_latency_seconds", "request_generation_tokens"):
+        assert after[f"{name}_count"] == before[f"{name}_count"], "it says nothing about the latency of answers"
 
 
 def test_every_name_is_there(server: Server) -> None:
-    names = set(_figures(server))
-    wanted = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
-    wanted |= {
-        "prompt_tokens_total",
-        "generation_tokens_total",
-        "prefix_cache_queries_total",
-        "prefix_cache_hits_total",
+    with urlopen(server.url + "/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    kinds: dict[str, set[str]] = {"gauge": set(), "counter": set(), "histogram": set()}
+    for family in families:
+        kinds[family.type].add(family.name.removeprefix("miaotui:"))
+        assert family.documentation
+    speculation = {"num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos"}
+    assert kinds == {
+        "gauge": {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"},
+        "counter": {"prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"}
+        | {"num_preemptions", "request_success"}
+        | {f"spec_decode_{name}" for name in speculation},
+        "histogram": {"time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"}
+        | {"request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens"}
+        | {"iteration_tokens_total"},
     }
-    wanted |= {"num_preemptions_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"}
-    for histogram in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
-        wanted |= {f"{histogram}_sum", f"{histogram}_count"}
-    for histogram in ("request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens"):
-        wanted |= {f"{histogram}_sum", f"{histogram}_count"}
-    assert wanted <= names
 
 
 def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:
@@ -119,3 +131,133 @@ def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:
     }
     assert len(asked) >= 16
     assert asked <= there
+
+
+# -- without a server ------------------------------------------------------------------------------------
+def _stats(**figures: Any) -> EngineStats:
+    nothing: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
+    finished = {"stop": 0, "length": 0, "abort": 0}
+    return EngineStats(**{**nothing, "blocks": 8, "accepted_by_position": (), "finished": finished, **figures})
+
+
+def _output(name: str, tokens: int, reason: FinishReason | None, times: RequestMetrics) -> RequestOutput:
+    choice = CompletionOutput(0, "", [7] * tokens, finish_reason=reason)
+    return RequestOutput(name, None, [1, 2, 3], [choice], reason is not None, times)
+
+
+def _read(metrics: Metrics) -> dict[str, float]:
+    """Every sample, under its name and its labels' values but for the model's."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = [value for label, value in sample.labels.items() if label != "model_name"]
+            found[" ".join([sample.name.removeprefix("miaotui:"), *labels])] = sample.value
+    return found
+
+
+def test_a_histogram_is_the_client_librarys() -> None:
+    dice = random.Random(3)
+    bounds = [0.01, 0.5, 1, 20]
+    ours = Histogram("h", "text", bounds)
+    theirs = ClientHistogram("miaotui:h", "text", ("model_name",), buckets=bounds, registry=None)
+    for value in [0.0, 0.01, 0.010001, 1.0, 20.0, 21.0, *(dice.expovariate(1) for _ in range(100))]:
+        times = dice.randint(1, 3)
+        ours.observe(value, times)
+        for _ in range(times):
+            theirs.labels("m").observe(value)
+    (family,) = theirs.collect()
+    wanted = {(s.name, tuple(s.labels.items())): s.value for s in family.samples if not s.name.endswith("_created")}
+    found = {(s.name, tuple(s.labels.items())): s.value for s in ours.family("m").samples}
+    assert found == pytest.approx(wanted)
+
+
+def test_the_bounds_are_vllms_and_finer_ones() -> None:
+    latencies = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0]
+    between = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0]
+    assert module.REQUEST[3:] == [*latencies, 960.0, 1920.0, 7680.0]
+    assert module.BETWEEN[3:] == [*between, 80.0]
+    assert module.TOKENS[:8] == [1, 2, 5, 10, 20, 50, 100, 200]
+    for bounds in (module.FIRST_TOKEN, module.BETWEEN, module.REQUEST, module.TOKENS, module.STEP):
+        assert bounds == sorted(set(bounds))
+
+
+def test_everything_is_there_before_the_first_step() -> None:
+    figures = _read(Metrics("m"))
+    assert figures["request_success_total stop"] == figures["kv_cache_usage_perc"] == 0
+    assert set(figures.values()) == {0.0}
+
+
+def test_counters_are_the_engines() -> None:
+    metrics = Metrics("m")
+    stats = _stats(
+        running=2,
+        waiting=3,
+        blocks_in_use=6,
+        preemptions=4,
+        prefix_queries=50,
+        prefix_hits=16,
+        steps=9,
+        step_tokens=90,
+        prompt_tokens=34,
+        generated_tokens=77,
+        drafts=5,
+        tokens_drafted=11,
+        drafts_accepted=7,
+        accepted_by_position=(4, 3, 0),
+        finished={"stop": 1, "length": 2, "abort": 3},
+    )
+    metrics.observe(stats, [])
+    metrics.observe(stats, [])  # an order that was cancelled: no step has run
+    figures = _read(metrics)
+    assert (figures["num_requests_running"], figures["num_requests_waiting"]) == (2, 3)
+    assert figures["kv_cache_usage_perc"] == 0.75
+    assert (figures["prompt_tokens_total"], figures["generation_tokens_total"]) == (34, 77)
+    assert (figures["prefix_cache_queries_total"], figures["prefix_cache_hits_total"]) == (50, 16)
+    assert figures["num_preemptions_total"] == 4
+    assert [figures[f"request_success_total {reason}"] for reason in ("stop", "length", "abort")] == [1, 2, 3]
+    counts = [figures[f"spec_decode_num_{name}_total"] for name in ("drafts", "draft_tokens", "accepted_tokens")]
+    assert counts == [5, 11, 7]
+    assert [figures[f"spec_decode_num_accepted_tokens_per_pos_total {i}"] for i in range(3)] == [4, 3, 0]
+    assert (figures["iteration_tokens_total_count"], figures["iteration_tokens_total_sum"]) == (1, 90)
+
+
+def test_latencies_count_from_arrival() -> None:
+    metrics = Metrics("m")
+    times = RequestMetrics(100.0, 100.25, 101.0, 103.0)
+    metrics.observe(_stats(), [_output("whole", 5, "stop", times)])
+    figures = _read(metrics)
+    assert figures["request_queue_time_seconds_sum"] == 0.25
+    assert figures["time_to_first_token_seconds_sum"] == 1.0
+    assert figures["e2e_request_latency_seconds_sum"] == 3.0
+    assert (figures["inter_token_latency_seconds_sum"], figures["inter_token_latency_seconds_count"]) == (2.0, 4)
+    assert (figures["request_prompt_tokens_sum"], figures["request_generation_tokens_sum"]) == (3, 5)
+
+
+def test_an_aborted_request_has_no_latency() -> None:
+    metrics = Metrics("m")
+    metrics.observe(_stats(running=2), [_output("stream", 1, None, RequestMetrics(100.0, 100.5, 101.0))])
+    cut_short = _output("stream", 0, "abort", RequestMetrics(100.0, 100.5, 101.0, 102.0))
+    never_run = _output("waiting", 0, "abort", RequestMetrics(100.0, None, None, 102.0))
+    metrics.observe(_stats(), [cut_short, never_run])
+    figures = _read(metrics)
+    assert figures["time_to_first_token_seconds_count"] == 1
+    for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "inter_token_latency_seconds"):
+        assert figures[f"{name}_count"] == 0
+    assert figures["request_prompt_tokens_count"] == figures["request_generation_tokens_count"] == 0
+
+
+def test_streams_that_are_lost_are_forgotten() -> None:
+    """A step that fails takes its requests along, and nothing is said of each of them."""
+    metrics, times = Metrics("m"), RequestMetrics(100.0, 100.5, 101.0)
+    metrics.observe(_stats(running=2), [_output("a", 1, None, times), _output("b", 1, None, times)])
+    metrics.observe(_stats(running=1), [_output("a", 1, None, times)])
+    assert len(metrics._streams) == 2
+    metrics.observe(_stats(), [])
+    assert not metrics._streams
+
+
+def test_nothing_is_global() -> None:
+    one, two = Metrics("one"), Metrics("two")
+    one.observe(_stats(generated_tokens=5), [])
+    assert b'model_name="two"' not in one.render()
+    assert _read(two)["generation_tokens_total"] == 0

@@ -1,145 +1,211 @@
 """What a server counts, in Prometheus' text format, under the names that vLLM's dashboards know.
 
-Everything is fed on the event loop: once for each step of the engine, from the difference of two snapshots, and once
-for each request that ends.
+The engine counts for itself: of a step only its last snapshot is kept, and gauges and counters are made of it when
+somebody looks. What is left are histograms, fed on the event loop once for each step and each request that grew or
+ended. They are our own and not the client library's: a step with 32 streams costs 7 µs where those take 33, and one
+call takes in all tokens of an answer that did not stream.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from miaotui.engine.engine import EngineStats
 from miaotui.engine.request import RequestOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "miaotui:"
 
-_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Bounds as vLLM has them (v1/metrics/loggers.py), and below its first ones some that a small model on a CPU needs.
+FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160]
+FIRST_TOKEN += [640, 2560]
+BETWEEN = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+BETWEEN += [20, 40, 80]
+REQUEST = [0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920]
+REQUEST += [7680]
+TOKENS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+STEP = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 
-_GROWING = {
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
-    "generation_tokens": ("generated_tokens", "Tokens generated."),
-    "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked for in the prefix cache."),
-    "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
-    "num_preemptions": ("preemptions", "Sequences put back to wait because the cache was full."),
-    "spec_decode_num_draft_tokens": ("tokens_drafted", "Tokens that speculation proposed."),
-    "spec_decode_num_accepted_tokens": ("drafts_accepted", "Proposed tokens that came true."),
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("Sequences in the step.", lambda stats: stats.running),
+    "num_requests_waiting": ("Sequences that wait for a seat in the step.", lambda stats: stats.waiting),
+    "kv_cache_usage_perc": ("Share of the KV cache that is held, 0 to 1.", lambda stats: stats.kv_usage),
 }
-"""Counters and the fields of EngineStats that they follow. The client appends `_total`."""
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "prompt_tokens": (
+        "Prompt tokens of requests that have begun to run, cached ones included.",
+        lambda stats: stats.prompt_tokens,
+    ),
+    "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens),
+    "prefix_cache_queries": ("Tokens looked for in the prefix cache.", lambda stats: stats.prefix_queries),
+    "prefix_cache_hits": ("Tokens found in the prefix cache.", lambda stats: stats.prefix_hits),
+    "num_preemptions": ("Sequences put back to wait because the cache was full.", lambda stats: stats.preemptions),
+    "spec_decode_num_drafts": ("Guesses that were tried.", lambda stats: stats.drafts),
+    "spec_decode_num_draft_tokens": ("Tokens that were guessed.", lambda stats: stats.tokens_drafted),
+    "spec_decode_num_accepted_tokens": ("Guessed tokens that came true.", lambda stats: stats.drafts_accepted),
+}
+"""Help and value by name; `_total` is appended."""
 
-_NAME = "miaotui:"
+
+class Histogram:
+    """Counts of values by size. Not for several threads."""
+
+    __slots__ = ("_bounds", "_counts", "_sum", "_text", "name")
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        """`bounds` ascend; a value belongs to the first that is not below it, or to none."""
+        self.name = name
+        self._text = text
+        self._bounds = tuple(map(float, bounds))
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Take in `value`, as often as `times` says."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def family(self, model: str) -> Metric:
+        family = HistogramMetricFamily(PREFIX + self.name, self._text, labels=["model_name"])
+        edges = [*map(str, self._bounds), "+Inf"]
+        family.add_metric([model], list(zip(edges, accumulate(self._counts), strict=True)), self._sum)
+        return family
 
 
-class Metrics:
-    """One server's figures, in a registry of their own. Used on the event loop's thread alone."""
+@dataclass(slots=True)
+class _Stream:
+    """What is remembered of a streaming request."""
+
+    last: float
+    """When it last grew."""
+    tokens: int = 0
+
+
+class Metrics(Collector):
+    """One server's figures, in a registry of their own. Used on the event loop's thread alone.
+
+    Of a request that was aborted (its client left, its time was up) there is no latency and no length, as in vLLM;
+    it counts in `request_success_total{finished_reason="abort"}`.
+    """
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._label = model_name
-        self._before: EngineStats | None = None
-        self._last_token: dict[str, float] = {}
-        """When each streaming request last grew."""
-        self._running = self._gauge("num_requests_running", "Sequences in the step.")
-        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for a seat in the step.")
-        self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache that is held, 0 to 1.")
-        self._counters = {field: self._counter(name, text) for name, (field, text) in _GROWING.items()}
-        self._success = Counter(
-            f"{_NAME}request_success",
-            "Sequences that ended, by the reason.",
-            ("model_name", "finished_reason"),
-            registry=self._registry,
-        )
-        for reason in ("stop", "length", "abort"):
-            self._success.labels(model_name, reason)
-        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
-        self._between = self._histogram(
+        self._registry.register(self)
+        self._model = model_name
+        self._stats: EngineStats | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._first = Histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN)
+        self._between = Histogram(
             "inter_token_latency_seconds",
-            "Between a request's tokens. For one that does not stream, its mean, once for each token.",
-            _BETWEEN,
+            "Between a request's tokens, or the steps that gave it several. Where it does not stream: the mean.",
+            BETWEEN,
         )
-        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end of the answer.", _REQUEST)
-        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST)
-        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
-        self._step = self._histogram("iteration_tokens_total", "Tokens that a step computed.", _STEP)
-        self._generated: dict[str, int] = {}
+        self._whole = Histogram("e2e_request_latency_seconds", "From arrival to the end of the answer.", REQUEST)
+        self._queue = Histogram("request_queue_time_seconds", "From arrival to the first step.", REQUEST)
+        self._prompt = Histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self._generation = Histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
+        self._step = Histogram(
+            "iteration_tokens_total", "Tokens that a step ran through the model: of prompts, answers and guesses.", STEP
+        )
 
-    def observe(self, stats: EngineStats, outputs: list[RequestOutput]) -> None:
+    def observe(self, stats: EngineStats, outputs: Sequence[RequestOutput]) -> None:
         """Take in a step: the engine's state after it, and what requests got from it."""
-        before, self._before = self._before, stats
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        self._usage.set(stats.kv_usage)
-        for field, counter in self._counters.items():
-            grown = getattr(stats, field) - (getattr(before, field) if before is not None else 0)
-            if grown:
-                counter.inc(grown)
-        for reason, count in stats.finished.items():
-            grown = count - (before.finished.get(reason, 0) if before is not None else 0)
-            if grown:
-                self._success.labels(self._label, reason).inc(grown)
-        if before is None or stats.steps > before.steps:
-            self._step.observe(_computed(stats) - (_computed(before) if before is not None else 0))
+        before, self._stats = self._stats, stats
+        if stats.steps > (before.steps if before is not None else 0):
+            self._step.observe(stats.step_tokens - (before.step_tokens if before is not None else 0))
         now = time.monotonic()
         for output in outputs:
-            self._observe_output(output, now)
+            if output.finished:
+                self._end(output, now)
+            else:
+                self._grow(output, now)
+        if not stats.running and not stats.waiting:
+            self._streams.clear()  # of requests that failed with their step nothing more is heard
 
     def render(self) -> bytes:
         """All figures, as Prometheus reads them."""
         return generate_latest(self._registry)
 
-    def _observe_output(self, output: RequestOutput, now: float) -> None:
-        tokens = sum(len(choice.token_ids) for choice in output.outputs)
-        name, times = output.request_id, output.metrics
-        known = name in self._last_token
-        if known or not output.finished:  # a stream, token by token
-            since = self._last_token.get(name)
-            self._last_token[name] = now
-            if since is not None and tokens:
-                self._between.observe(now - since)
-            elif times.first_token_time is not None and not known:
-                self._first.observe(times.first_token_time - times.arrival_time)
-            self._generated[name] = self._generated.get(name, 0) + tokens
-        if output.finished:
-            self._observe_end(output, known, tokens, now)
+    def collect(self) -> Iterator[Metric]:
+        """All figures, for the registry."""
+        stats = self._stats
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+            gauge.add_metric([self._model], value(stats) if stats is not None else 0)
+            yield gauge
+        for name, (text, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+            counter.add_metric([self._model], value(stats) if stats is not None else 0)
+            yield counter
+        yield self._accepted(stats)
+        yield self._success(stats)
+        for histogram in (self._first, self._between, self._whole, self._queue, self._prompt, self._generation):
+            yield histogram.family(self._model)
+        yield self._step.family(self._model)
 
-    def _observe_end(self, output: RequestOutput, streamed: bool, tokens: int, now: float) -> None:
-        name, times = output.request_id, output.metrics
+    def _accepted(self, stats: EngineStats | None) -> Metric:
+        text = "Guessed tokens that came true, by their place in the guess, from 0. Only with speculation."
+        family = CounterMetricFamily(
+            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos", text, labels=["model_name", "position"]
+        )
+        for position, count in enumerate(stats.accepted_by_position if stats is not None else ()):
+            family.add_metric([self._model, str(position)], count)
+        return family
+
+    def _success(self, stats: EngineStats | None) -> Metric:
+        labels = ["model_name", "finished_reason"]
+        family = CounterMetricFamily(f"{PREFIX}request_success", "Sequences that ended, by the reason.", labels=labels)
+        for reason in ("stop", "length", "abort"):
+            family.add_metric([self._model, reason], stats.finished[reason] if stats is not None else 0)
+        return family
+
+    def _grow(self, output: RequestOutput, now: float) -> None:
+        """A stream has grown."""
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            stream = self._streams[output.request_id] = _Stream(now)
+            self._observe_first(output)
+        else:
+            self._between.observe(now - stream.last)
+            stream.last = now
+        for choice in output.outputs:
+            stream.tokens += len(choice.token_ids)
+
+    def _end(self, output: RequestOutput, now: float) -> None:
+        """A request has ended."""
+        tokens = sum(len(choice.token_ids) for choice in output.outputs)
+        times, stream = output.metrics, self._streams.pop(output.request_id, None)
+        if any(choice.finish_reason == "abort" for choice in output.outputs):
+            return
         end = times.finished_time if times.finished_time is not None else now
-        self._last_token.pop(name, None)
-        if streamed:
-            tokens = self._generated.pop(name)
-        elif times.first_token_time is not None:
-            self._first.observe(times.first_token_time - times.arrival_time)
-            following = max(output_len(output) - 1, 0)
-            for _ in range(following):
-                self._between.observe((end - times.first_token_time) / following)
+        if stream is not None:
+            self._between.observe(now - stream.last)
+            tokens += stream.tokens
+        else:
+            self._observe_first(output)
+            self._observe_between(output, end)
         self._whole.observe(end - times.arrival_time)
         if times.first_scheduled_time is not None:
             self._queue.observe(times.first_scheduled_time - times.arrival_time)
         self._prompt.observe(len(output.prompt_token_ids))
         self._generation.observe(tokens)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(_NAME + name, text, ("model_name",), registry=self._registry).labels(self._label)
+    def _observe_first(self, output: RequestOutput) -> None:
+        times = output.metrics
+        if times.first_token_time is not None:
+            self._first.observe(times.first_token_time - times.arrival_time)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(_NAME + name, text, ("model_name",), registry=self._registry).labels(self._label)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        made = Histogram(_NAME + name, text, ("model_name",), buckets=buckets, registry=self._registry)
-        return made.labels(self._label)
-
-
-def output_len(output: RequestOutput) -> int:
-    """Tokens of the longest continuation: what the time between tokens counts."""
-    return max((len(choice.token_ids) for choice in output.outputs), default=0)
-
-
-def _computed(stats: EngineStats) -> int:
-    return stats.prompt_tokens + stats.generated_tokens
+    def _observe_between(self, output: RequestOutput, end: float) -> None:
+        """Of an answer that came at once: the mean, once for each token of its longest continuation but the first."""
+        following = max((len(choice.token_ids) for choice in output.outputs), default=0) - 1
+        if following > 0 and output.metrics.first_token_time is not None:
+            self._between.observe((end - output.metrics.first_token_time) / following, following)

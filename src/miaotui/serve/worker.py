@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,8 @@ class Order:
     priority: int
     stream: bool
     grammar: GrammarMask | None = None
+    arrival_time: float = field(default_factory=time.monotonic)
+    """What the request's latencies count from: not when the engine had finished its step and took it."""
 
 
 Item = RequestOutput | Exception
@@ -184,6 +187,7 @@ class EngineWorker:
                     priority=order.priority,
                     stream=order.stream,
                     grammar=order.grammar,
+                    arrival_time=order.arrival_time,
                 )
             except MiaotuiError as error:
                 outputs.append((order.request_id, error))
