@@ -24,3 +24,13 @@ def load(model: str, options: dict[str, Any]) -> LLM:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def load_for_chat(model: str, options: dict[str, Any], chat_template: str | None) -> LLM:
+    """`load`, with another chat template, a file or the template itself, when one is asked for."""
+    llm = load(model, options)
+    if chat_template is not None:
+        from miaotui.model.chat import ChatTemplate, read_template
+
+        llm.chat_template = ChatTemplate(read_template(chat_template), llm.tokenizer)
+    return llm

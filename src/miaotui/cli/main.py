@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",
     "serve": "Serve a model to OpenAI clients.",
+    "batch": "Answer a file of requests.",
     "keys": "Make, list and revoke API keys for serve.",
     "pull": "Fetch a model, so that it can be used offline.",
     "bench": "Measure speed by regime, beside this machine's ceilings.",

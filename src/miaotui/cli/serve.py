@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from miaotui.cli.load import load
+from miaotui.cli.load import load_for_chat
 from miaotui.cli.options import MODEL, Size, engine_options, take_engine
 from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
-    from miaotui.engine.llm import LLM
     from miaotui.serve.auth import Keys
+
+
+_BATCH_WIDTH = 64
+"""Requests of /v1/batches that are in flight at once; those of clients go first."""
 
 
 @click.command("serve")
@@ -47,6 +51,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds that running requests get after SIGTERM.",
 )
+@click.option("--max-file-bytes", type=Size(), default="200M", show_default=True, help="The longest file of requests.")
+@click.option(
+    "--batch-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep /v1/files and /v1/batches here; unfinished batches go on at the next start.  [default: till the end]",
+)
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="Serve HTTPS with this certificate.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="The certificate's private key.")
 @click.option(
@@ -72,6 +82,7 @@ def command(
     allowed_origins: tuple[str, ...],
     access_log: bool,
     log_prompts: bool,
+    batch_dir: Path | None,
     **options: Any,
 ) -> None:
     """Serve MODEL to OpenAI clients.
@@ -94,8 +105,9 @@ def command(
     chat_template = options.pop("chat_template")
     engine = take_engine(options)
     listening = open_socket(host, port)
-    loading = in_background(lambda: _load(model, engine, chat_template))
+    loading = in_background(lambda: load_for_chat(model, engine, chat_template))
 
+    from miaotui.offline.store import BatchStore
     from miaotui.serve.app import create_app
     from miaotui.serve.guard import guarded
     from miaotui.serve.metrics import Metrics
@@ -109,24 +121,23 @@ def command(
     )
     metrics = Metrics(settings.served_model_names[0])
     service = Service(settings, observe=metrics.observe)
-    app = guarded(
-        create_app(service, settings, metrics=metrics),
-        keys=keys,
-        allowed_origins=allowed_origins,
-        access_log=access_log,
-        log_prompts=log_prompts,
-    )
     url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listening.getsockname()[1]}"
     click.echo(f"Listening on {url} (the model is loading)", err=True)
-    run(
-        service,
-        app,
-        listening,
-        loading,
-        ssl_certfile=ssl_certfile,
-        ssl_keyfile=ssl_keyfile,
-        on_ready=lambda: click.echo(f"Ready: {url}/v1 serves {' and '.join(settings.served_model_names)}", err=True),
-    )
+    with TemporaryDirectory(prefix="miaotui-batches-") as passing:
+        batches = BatchStore(batch_dir or Path(passing), service.answer, _BATCH_WIDTH)
+        app = guarded(
+            create_app(service, settings, metrics=metrics, batches=batches),
+            keys=keys,
+            allowed_origins=allowed_origins,
+            access_log=access_log,
+            log_prompts=log_prompts,
+        )
+
+        def on_ready() -> None:
+            batches.resume()
+            click.echo(f"Ready: {url}/v1 serves {' and '.join(settings.served_model_names)}", err=True)
+
+        run(service, app, listening, loading, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile, on_ready=on_ready)
 
 
 def _keys(given: list[str], file: Path | None) -> Keys | None:
@@ -140,16 +151,6 @@ def _keys(given: list[str], file: Path | None) -> Keys | None:
 
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-def _load(model: str, engine: dict[str, Any], chat_template: str | None) -> LLM:
-    """The model, with the chat template that was asked for."""
-    llm = load(model, engine)
-    if chat_template is not None:
-        from miaotui.model.chat import ChatTemplate, read_template
-
-        llm.chat_template = ChatTemplate(read_template(chat_template), llm.tokenizer)
-    return llm
 
 
 def _shown(host: str) -> str:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -15,9 +14,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import miaotui
+from miaotui.serve.answers import Json, error_response, parse_object
+from miaotui.serve.batches import Batches, add_batches
 from miaotui.serve.limits import read_body
 from miaotui.serve.metrics import CONTENT_TYPE, Metrics
-from miaotui.serve.openai.errors import ApiError, as_api_error, no_such_model, refused
+from miaotui.serve.openai.errors import ApiError, no_such_model
 from miaotui.serve.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miaotui.serve.page import add_card, add_page
 from miaotui.serve.running import Abandoned, Running
@@ -37,22 +38,9 @@ _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"ca
 _STREAM_HEADERS += [(b"x-accel-buffering", b"no")]
 
 
-class Json(Response):
-    """An answer as JSON."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return orjson.dumps(content)
-
-
-def error_response(error: Exception) -> Json:
-    """Any exception as an answer in OpenAI's shape."""
-    found = as_api_error(error)
-    return Json(found.body(), found.status, found.headers)
-
-
-def create_app(service: Service, settings: ServeSettings, *, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    service: Service, settings: ServeSettings, *, metrics: Metrics | None = None, batches: Batches | None = None
+) -> FastAPI:
     """All routes. The model may be attached to the service later."""
     app = FastAPI(title="Miaotui", version=miaotui.__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
@@ -65,6 +53,8 @@ def create_app(service: Service, settings: ServeSettings, *, metrics: Metrics | 
     _add_state(app, service)
     if metrics is not None:
         _add_metrics(app, metrics)
+    if batches is not None:
+        add_batches(app, batches, settings.max_file_bytes)
     add_page(app)
     add_card(app, lambda: service.card)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -224,14 +214,3 @@ async def _stream(running: Running, send: Send) -> None:
     async for wire in running.events():
         await send({"type": "http.response.body", "body": wire, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ApiError 400."""
-    try:
-        found = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise refused(f"The body is not JSON: {error}.", None, "invalid_json") from None
-    if not isinstance(found, dict):
-        raise refused("The body is not a JSON object.", None, "invalid_json")
-    return found

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from miaotui.checkpoint.write import atomic_file
 from miaotui.errors import UsageError
+from miaotui.serve.answers import error_response
 from miaotui.serve.openai.errors import ApiError
 
 PREFIX = "mt-"
@@ -175,8 +176,6 @@ class RequireKey:
                 key = self._admit(Headers(scope=scope), counted=scope["method"] == "POST")
                 scope.setdefault("state", {})["key"] = key
             except ApiError as error:
-                from miaotui.serve.app import error_response
-
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

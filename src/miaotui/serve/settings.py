@@ -18,6 +18,8 @@ class ServeSettings:
     request_timeout: float | None = 600.0
     """From a request's arrival to the end of its answer."""
     max_body_bytes: int = 4 << 20
+    max_file_bytes: int = 200 << 20
+    """The longest file that `/v1/files` takes."""
     shutdown_timeout: float = 30.0
     """What running requests get to finish in after SIGTERM."""
     tool_call_parser: str | None = None
@@ -26,7 +28,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
             raise UsageError("The served model has no name.", "Give --served-model-name NAME.")
-        for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("shutdown_timeout", 0)):
+        for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("max_file_bytes", 1), ("shutdown_timeout", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}.", f"Give at least {least}.")
         if self.request_timeout is not None and self.request_timeout <= 0:
