@@ -678,8 +678,15 @@ def test_the_server_gives_the_card_that_lies_beside_the_model(tmp_path: Path) ->
 
 
 # -- keys and safety -------------------------------------------------------------------------------------
-def test_a_key_is_asked_for_and_kept_in_the_tab(address: str, visit: Open) -> None:
-    page = visit(address, routes={"**/v1/**": guard})
+@pytest.fixture(scope="module")
+def locked(demo_gguf: Path, browser: Any) -> Iterator[str]:
+    """A server that wants a key."""
+    with running(demo_gguf, "--api-key", KEY) as started:
+        yield started
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(locked: str, visit: Open) -> None:
+    page = visit(locked)
     dialog = page.get_by_role("dialog")
     expect(dialog).to_be_visible()
     assert page.evaluate("document.activeElement.id") == "key"
@@ -703,18 +710,19 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(address: str, visit: Open) -> No
     expect(page.get_by_role("alert").filter(has_text="wants a valid API key")).to_be_visible()
 
 
-def guard(route: Any) -> None:
-    """Lets requests with the key through."""
-    if route.request.headers.get("authorization") == f"Bearer {KEY}":
-        route.continue_()
-    else:
-        error = {
-            "message": "Incorrect API key.",
-            "type": "authentication_error",
-            "param": None,
-            "code": "invalid_api_key",
-        }
-        route.fulfill(status=401, json={"error": error})
+def test_the_charts_show_a_real_server(locked: str, visit: Open) -> None:
+    """Its own /metrics, behind its key."""
+    page = visit(locked)
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    ask(page, tokens=300)
+    charts = page.locator(".chart")
+    expect(charts.nth(0).locator(".value")).to_have_text(re.compile(r"[1-9]"))
+    expect(charts.nth(1).locator(".value")).to_have_text("1 running0 waiting")
+    expect(charts.nth(2).locator(".value")).to_have_text(re.compile(r"^[0-9.]+%$"))
+    expect(charts.nth(3).locator(".value")).to_have_text(re.compile(r"[1-9]\d* ms"))
+    page.keyboard.press("Escape")
+    expect(charts.nth(1).locator(".value")).to_have_text("0 running0 waiting")
 
 
 def test_nothing_of_the_page_is_inline_or_foreign(address: str, visit: Open) -> None:
