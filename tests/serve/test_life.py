@@ -355,3 +355,18 @@ def test_the_worker_sleeps_without_work(small: Server) -> None:
     asyncio.run(asyncio.sleep(0.3))
     worker._wake.wait = wait  # type: ignore[method-assign]
     assert waits == [None]
+
+
+def test_a_body_that_is_too_long_is_told(server: Server) -> None:
+    """Also to a client that writes all of it before it reads, whether or not it says how long it is."""
+    for declared in (True, False):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            body = b"x" * (12 << 20)
+            if declared:
+                connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            else:
+                connection.sendall(
+                    head + b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
+                )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")

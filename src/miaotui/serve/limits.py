@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,9 @@ from miaotui.serve.openai.errors import ApiError, overloaded, refused
 BODY_TIMEOUT = 60.0
 """Seconds in which a request's body has to arrive."""
 _LONGEST_RETRY = 60
+_MOST_DISCARDED = 64 << 20
+_DISCARD_TIMEOUT = 2.0
+"""Bytes, and seconds, that a body which is too long is read on for."""
 
 
 class Seats:
@@ -84,18 +88,31 @@ class Seat:
 
 async def read_body(chunks: AsyncIterator[bytes], declared: str | None, most: int) -> bytes:
     """A request's whole body. `declared` is its content-length header. Raises ApiError 413 past `most` bytes, 408."""
-    if declared is not None and declared.isdigit() and int(declared) > most:
-        raise _too_large(most)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
+            if declared is not None and declared.isdigit() and int(declared) > most:
+                await _discard(chunks)
+                raise _too_large(most)
             async for chunk in chunks:
                 body += chunk
                 if len(body) > most:
+                    await _discard(chunks)
                     raise _too_large(most)
     except TimeoutError:
         raise ApiError(408, f"The request's body did not arrive within {BODY_TIMEOUT:g} s.") from None
     return bytes(body)
+
+
+async def _discard(chunks: AsyncIterator[bytes]) -> None:
+    """Read on, within bounds: a client that still writes when its connection is closed never sees the answer."""
+    left = _MOST_DISCARDED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_TIMEOUT):
+            async for chunk in chunks:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def _too_large(most: int) -> ApiError:
