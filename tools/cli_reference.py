@@ -38,6 +38,7 @@ Results go to stdout and everything else to stderr.
 | Environment | |
 |---|---|
 | `MIAOTUI_HOME` | what Miaotui downloads and remembers; `~/.cache/miaotui` |
+| `MIAOTUI_API_KEY` | a key that `miaotui serve` asks for, kept out of the list of processes |
 | `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | the hub's cache, its login, and whether it may be asked at all |
 """
 
@@ -56,19 +57,32 @@ def page() -> str:
     parts = [HEAD]
     for command in commands():
         parts += [f"## miaotui {command.name}", COMMANDS[str(command.name)], f"`{usage(command)}`"]
-        parts += [_prose(command), "\n".join(_table(command))]
+        parts += [_prose(command), *(_group(command) if isinstance(command, click.Group) else _options(command))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def usage(command: click.Command) -> str:
+def usage(command: click.Command, before: str = "miaotui") -> str:
     """How it is called, such as `miaotui run [OPTIONS] MODEL [PROMPT]`."""
-    context = click.Context(command, info_name=f"miaotui {command.name}")
+    context = click.Context(command, info_name=f"{before} {command.name}")
     return " ".join([context.command_path, *command.collect_usage_pieces(context)])
 
 
 def options(command: click.Command) -> list[click.Option]:
     """Its own options; every command has --help too."""
     return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
+
+def _group(group: click.Group) -> Iterator[str]:
+    """The commands of a command."""
+    for command in group.commands.values():
+        yield f"### miaotui {group.name} {command.name}"
+        yield f"`{usage(command, f'miaotui {group.name}')}`"
+        yield _prose(command)
+        yield from _options(command)
+
+
+def _options(command: click.Command) -> Iterator[str]:
+    yield "\n".join(_table(command))
 
 
 def _prose(command: click.Command) -> str:

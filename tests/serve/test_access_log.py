@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,41 @@ def test_signs_of_life_are_not_logged(server: Server, logs: dict[str, io.StringI
 
 
 def test_a_client_that_leaves_is_499(server: Server, logs: dict[str, io.StringIO]) -> None:
-    before = len(logs["plain"].getvalue().splitlines())
-    connection = raw_post(server.port, "/v1/completions", {**BODY, "max_tokens": 400}, **KEY)
+    connection = raw_post(
+        server.port, "/v1/completions", {**BODY, "max_tokens": 400}, **KEY, **{"x-request-id": "left"}
+    )
     server.wait_for(lambda stats: stats.running == 1)
     connection.close()
-    server.quiet()
-    for _ in range(200):
-        if len(logs["plain"].getvalue().splitlines()) > before:
-            break
-        server.call(_pause)
-    assert _last(logs["plain"])["status"] == 499
+    assert _line(logs["plain"], "left")["status"] == 499
 
 
-async def _pause() -> None:
-    import asyncio
+def _line(log: io.StringIO, request_id: str) -> dict[str, Any]:
+    """The line of a request, which may still be about to end."""
+    end = time.monotonic() + 20
+    while not (found := [line for line in log.getvalue().splitlines() if f'"{request_id}"' in line]):
+        assert time.monotonic() < end, "it has no line"
+        time.sleep(0.01)
+    line = json.loads(found[0])
+    assert isinstance(line, dict)
+    return line
 
-    await asyncio.sleep(0.02)
+
+def test_an_answer_that_was_cut_short_says_so(server: Server, logs: dict[str, io.StringIO]) -> None:
+    body = {**BODY, "max_tokens": 400, "stream": True}
+    with raw_post(server.port, "/v1/completions", body, **KEY, **{"x-request-id": "cut"}) as connection:
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(4096)
+    line = _line(logs["plain"], "cut")
+    assert (line["status"], line["cut_short"]) == (200, True)
+    assert 1 <= line["completion_tokens"] < 400
+    assert line["client"] == "127.0.0.1"
+
+
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    with serving(None, make_app=lambda *made: AccessLog(create_app(*made), to=Closed())) as started:
+        assert started.get("/version")[0] == 200

@@ -32,15 +32,18 @@ DEFAULT_SHARD = 5_000_000_000
 
 # -- whole or not at all -------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes `path`'s place when the block ends well, and vanishes when it does not."""
+def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that takes `path`'s place when the block ends well, and vanishes when it does not.
+
+    `mode` is who may read it, as in chmod; None: who may read any new file.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, mode if mode is not None else 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

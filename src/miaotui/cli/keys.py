@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -54,29 +55,38 @@ def command() -> None:
 @click.option("--requests-per-minute", type=click.IntRange(min=1), help="How often it may ask.  [default: no limit]")
 def create(name: str, path: Path, expires_in: float | None, requests_per_minute: int | None) -> None:
     """Make a key called NAME, and print it."""
-    from miaotui.serve.auth import Key, digest, new_secret, write_keys
+    from miaotui.serve.auth import Key, check_name, digest, editing, new_secret, write_keys
 
-    keys = _known(path)
-    if any(key.name == name for key in keys):
-        raise UsageError(f"There is a key {name!r} in {path} already.", "Choose another name, or revoke it first.")
+    check_name(name)
     secret, now = new_secret(), time.time()
     expires = None if expires_in is None else now + expires_in
-    write_keys(path, [*keys, Key(name, digest(secret), now, expires, requests_per_minute)])
+    with editing(path):
+        keys = _known(path)
+        if any(key.name == name for key in keys):
+            raise UsageError(f"There is a key {name!r} in {path} already.", "Choose another name, or revoke it first.")
+        write_keys(path, [*keys, Key(name, digest(secret), now, expires, requests_per_minute)])
     click.echo(secret)
     click.echo(f"Written to {path} as a hash: this is the only time the key is shown.", err=True)
 
 
 @command.command("list")
 @FILE
-def show(path: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON; times are in seconds since 1970.")
+def show(path: Path, as_json: bool) -> None:
     """List the keys' names, with their bounds."""
     from miaotui.serve.auth import read_keys
 
-    for key in read_keys(path):
+    keys = read_keys(path)
+    if as_json:
+        fields = ("name", "created", "expires", "requests_per_minute")
+        listed = [{name: getattr(key, name) for name in fields} | {"expired": _expired(key)} for key in keys]
+        click.echo(json.dumps(listed, ensure_ascii=False))
+        return
+    for key in keys:
         until = (
             "for ever" if key.expires is None else time.strftime("until %Y-%m-%d %H:%M", time.localtime(key.expires))
         )
-        ended = " (expired)" if key.expired(time.time()) else ""
+        ended = " (expired)" if _expired(key) else ""
         often = "" if key.requests_per_minute is None else f", {key.requests_per_minute} requests a minute"
         click.echo(f"{key.name}: {until}{ended}{often}")
 
@@ -86,15 +96,20 @@ def show(path: Path) -> None:
 @FILE
 def revoke(name: str, path: Path) -> None:
     """Take the key called NAME out of the file."""
-    from miaotui.serve.auth import read_keys, write_keys
+    from miaotui.serve.auth import editing, read_keys, write_keys
 
-    keys = read_keys(path)
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        known = ", ".join(key.name for key in keys) or "none"
-        raise UsageError(f"There is no key {name!r} in {path}.", f"Those there are: {known}.")
-    write_keys(path, left)
+    with editing(path):
+        keys = read_keys(path)
+        left = [key for key in keys if key.name != name]
+        if len(left) == len(keys):
+            known = ", ".join(key.name for key in keys) or "none"
+            raise UsageError(f"There is no key {name!r} in {path}.", f"Those there are: {known}.")
+        write_keys(path, left)
     click.echo(f"{name} is revoked.", err=True)
+
+
+def _expired(key: Key) -> bool:
+    return key.expired(time.time())
 
 
 def _known(path: Path) -> list[Key]:

@@ -60,9 +60,13 @@ _BATCH_WIDTH = 64
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="Serve HTTPS with this certificate.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="The certificate's private key.")
 @click.option(
-    "--api-key", multiple=True, help="A key that requests must have. Can be given again; also MIAOTUI_API_KEY."
+    "--api-key",
+    multiple=True,
+    help="A key that requests must have. Can be given again. Others see it in the list of processes; not so the "
+    "variable MIAOTUI_API_KEY.",
 )
 @click.option("--api-keys-file", type=click.Path(dir_okay=False, path_type=Path), help="Keys made by `miaotui keys`.")
+@click.option("--metrics-without-key", is_flag=True, help="Let everybody read /metrics.")
 @click.option(
     "--allowed-origins", multiple=True, help="A site whose pages may ask, such as https://example.org; * is all."
 )
@@ -79,6 +83,7 @@ def command(
     ssl_keyfile: str | None,
     api_key: tuple[str, ...],
     api_keys_file: Path | None,
+    metrics_without_key: bool,
     allowed_origins: tuple[str, ...],
     access_log: bool,
     log_prompts: bool,
@@ -88,7 +93,8 @@ def command(
     """Serve MODEL to OpenAI clients.
 
     The base URL is http://HOST:PORT/v1. /health answers at once, /ready when the model is loaded.
-    With keys, only /health, /ready, /ping and the page's files are open without one.
+    With keys, only /health, /ready, /ping and the page's files are open without one; Prometheus sends its own as
+    `authorization: {credentials_file: …}`, or /metrics is opened with --metrics-without-key.
     """
     if log_prompts and not access_log:
         raise UsageError("--log-prompts needs the access log.", "Leave --no-access-log out.")
@@ -100,6 +106,12 @@ def command(
         check_certificate(ssl_certfile, ssl_keyfile)
     given = [*api_key, *filter(None, [os.environ.get("MIAOTUI_API_KEY")])]
     keys = _keys(given, api_keys_file)
+    if allowed_origins:
+        from miaotui.serve.guard import check_origins
+
+        check_origins(allowed_origins)
+    if keys is None and metrics_without_key:
+        raise UsageError("--metrics-without-key opens what is open.", "Leave it out, or give an API key.")
     if keys is None and not _is_loopback(host):
         click.echo(f"warning: {host} can be reached by others, and no API key is asked for. Give --api-key.", err=True)
     chat_template = options.pop("chat_template")
@@ -128,6 +140,7 @@ def command(
         app = guarded(
             create_app(service, settings, metrics=metrics, batches=batches),
             keys=keys,
+            metrics_without_key=metrics_without_key,
             allowed_origins=allowed_origins,
             access_log=access_log,
             log_prompts=log_prompts,

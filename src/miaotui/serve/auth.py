@@ -6,14 +6,18 @@ compared are digests, all of them every time, in constant time. Neither keys nor
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import math
 import os
+import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,9 @@ from miaotui.serve.openai.errors import ApiError
 PREFIX = "mt-"
 _BYTES = 32
 _FIELDS = {"name", "sha256", "created", "expires", "requests_per_minute"}
+_NAME = re.compile(r"[\w.@:+-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,14 @@ def new_secret() -> str:
     return PREFIX + secrets.token_urlsafe(_BYTES)
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError for a name that would be hard to read in a log."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r:.80} cannot be a key's name.", "Use letters, digits and . _ - + @ : without spaces, 64 at most."
+        )
+
+
 def read_keys(path: Path) -> list[Key]:
     """The keys of a file that `write_keys` wrote. Raises UsageError for anything else."""
     hint = "Make it with `miaotui keys create`."
@@ -73,34 +88,55 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def _key(entry: Any, path: Path, hint: str) -> Key:
-    numbers = (int, float, type(None))
     if not isinstance(entry, dict) or entry.keys() - _FIELDS or not entry.keys() >= {"name", "sha256"}:
         raise UsageError(f"The keys file {path} has an entry that is no key.", hint)
     key = Key(**entry)
-    sound = isinstance(key.name, str) and isinstance(key.sha256, str) and len(key.sha256) == 64
     per_minute = key.requests_per_minute
-    sound = sound and isinstance(key.expires, numbers) and isinstance(key.created, (int, float))
-    if not sound or not (per_minute is None or (isinstance(per_minute, int) and per_minute > 0)):
-        raise UsageError(f"The keys file {path} has a key with a value that cannot be.", hint)
+    wrong = {
+        "name": not (isinstance(key.name, str) and _NAME.fullmatch(key.name)),
+        "sha256": not (isinstance(key.sha256, str) and _DIGEST.fullmatch(key.sha256)),
+        "created": not _is_time(key.created),
+        "expires": not (key.expires is None or _is_time(key.expires)),
+        "requests_per_minute": not (per_minute is None or (type(per_minute) is int and per_minute > 0)),
+    }
+    if any(wrong.values()):
+        names = " and ".join(name for name, is_wrong in wrong.items() if is_wrong)
+        raise UsageError(f"The keys file {path} has a key whose {names} cannot be.", hint)
     return key
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def write_keys(path: Path, keys: Sequence[Key]) -> None:
     """Replace the file whole, readable by its owner alone."""
     content = {"keys": [{name: getattr(key, name) for name in sorted(_FIELDS)} for key in keys]}
-    with atomic_file(path) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
-    os.chmod(path, 0o600)
+    with atomic_file(path, mode=0o600) as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def editing(path: Path) -> Iterator[None]:
+    """Keep others that use this from changing the file between our reading and our writing."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 class Keys:
     """All keys of a server: those it was given, and those of a file, which is read again when it has changed."""
 
     def __init__(self, secrets: Sequence[str] = (), file: Path | None = None) -> None:
-        """Raises UsageError for an empty key or an unreadable file."""
-        if not all(secret.strip() for secret in secrets):
-            raise UsageError("An API key is empty.", "Give --api-key KEY, or leave it out.")
+        """Raises UsageError for a key that no client could send, and for an unreadable file."""
+        if not all(secret.isascii() and secret.isprintable() and secret.split() == [secret] for secret in secrets):
+            raise UsageError(
+                "An API key is empty, or has a character that cannot be sent.",
+                "Use ASCII letters, digits and signs, without spaces.",
+            )
         self._given = [Key(f"key-{i + 1}", digest(secret)) for i, secret in enumerate(secrets)]
         self._file = file
         self._stamp: tuple[int, int, int] | None = None
@@ -127,8 +163,9 @@ class Keys:
             self._stamp = stamp
             try:
                 self._listed = read_keys(self._file)
-            except UsageError:
+            except UsageError as error:
                 self._listed = []
+                _log.error("%s No key of it is taken until it is mended.", error)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
