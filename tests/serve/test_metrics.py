@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from miaotui.engine.engine import EngineStats
+from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from miaotui.serve import metrics as module
 from miaotui.serve.app import create_app
 from miaotui.serve.metrics import Histogram, Metrics
 from miaotui.serve.service import Service
 from miaotui.serve.settings import ServeSettings
+from miaotui.serve.worker import Mailbox, Order
 from tests.serve.serving import MODEL, Server, serving
 
-ROOT = Path(__file__).parents[2]
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,24 @@ def test_an_abandoned_request_is_counted(server: Server) -> None:
         assert after[f"{name}_count"] == before[f"{name}_count"], "it says nothing about the latency of answers"
 
 
+def test_waiting_for_the_engine_counts(server: Server) -> None:
+    """A request's time begins when it is made, not when the engine has finished its step and takes it."""
+    before = _figures(server)
+
+    async def submit() -> None:
+        order = Order("late", [5, 6, 7], SamplingParams(max_tokens=1), 0, False, arrival_time=time.monotonic() - 100)
+        mailbox = Mailbox()
+        assert server.service._worker is not None
+        server.service._worker.submit([order], mailbox)
+        await mailbox.take()
+
+    server.call(submit)
+    server.quiet()
+    after = _figures(server)
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert 100 <= after[f"{name}_seconds_sum"] - before[f"{name}_seconds_sum"] < 130
+
+
 def test_every_name_is_there(server: Server) -> None:
     with urlopen(server.url + "/metrics") as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
@@ -119,21 +140,41 @@ def test_every_name_is_there(server: Server) -> None:
     }
 
 
-def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:
-    dashboard = json.loads((ROOT / "deploy" / "grafana-dashboard.json").read_text())
-    with urlopen(server.url + "/metrics") as answer:
-        there = set(re.findall(r"^(miaotui:\w+)\{", answer.read().decode(), re.M))
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"miaotui:\w+", target["expr"])
-    }
-    assert len(asked) >= 16
-    assert asked <= there
-
-
 # -- without a server ------------------------------------------------------------------------------------
+def test_the_dashboard_shows_all_there_is_and_nothing_else() -> None:
+    there = set(re.findall(r"^# TYPE (\S+) ", Metrics("m").render().decode(), re.M))
+    panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked = {name.removesuffix("_bucket") for query in queries for name in re.findall(r"miaotui:\w+", query)}
+    assert asked == there
+    for query in queries:
+        assert query.count("(") == query.count(")")
+        assert query.count('{model_name=~"$model"}') == len(re.findall(r"miaotui:\w+", query))
+        for name in re.findall(r"miaotui:\w+_total\b(?!_)", query):
+            assert f"rate({name}" in query, "a counter is looked at by its growth"
+
+
+def test_the_dashboard_can_be_imported_anywhere() -> None:
+    """It has a data source to choose, no panel lies on another, and no number stands for two."""
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    datasource, model = dashboard["templating"]["list"]
+    assert (datasource["name"], datasource["type"], datasource["query"]) == ("datasource", "datasource", "prometheus")
+    assert (model["name"], model["datasource"]) == ("model", source)
+    places: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        assert panel["datasource"] == source
+        assert all(target["datasource"] == source for target in panel["targets"])
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert at["x"] + at["w"] <= 24
+        assert not cells & places
+        places |= cells
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert "id" not in dashboard, "the database's own, which an import must not have"
+
+
 def _stats(**figures: Any) -> EngineStats:
     nothing: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
     finished = {"stop": 0, "length": 0, "abort": 0}
