@@ -30,6 +30,11 @@ _BATCH_WIDTH = 64
 )
 @click.option("--chat-template", help="A Jinja file, or the template itself, instead of the model's own.")
 @click.option(
+    "--tool-call-parser",
+    type=click.Choice(["hermes", "llama3_json", "mistral"]),
+    help="How the model writes calls of tools.  [default: as its chat template says]",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(min=0),
     default=256,
