@@ -35,6 +35,11 @@ _BATCH_WIDTH = 64
     help="How the model writes calls of tools.  [default: as its chat template says]",
 )
 @click.option(
+    "--tool-call-parser",
+    type=click.Choice(["hermes", "llama3_json", "mistral"]),
+    help="How the model writes tool calls.  [default: as its chat template does]",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(min=0),
     default=256,

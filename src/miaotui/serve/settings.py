@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from miaotui.errors import UsageError
+from miaotui.serve.openai.tool_calls.formats import format_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class ServeSettings:
     """The format of the model's tool calls; None finds it out from the chat template."""
 
     def __post_init__(self) -> None:
+        if self.tool_call_parser is not None:
+            format_named(self.tool_call_parser, "")
         if not self.served_model_names or not all(self.served_model_names):
             raise UsageError("The served model has no name.", "Give --served-model-name NAME.")
         for name, least in (("max_queue", 0), ("max_body_bytes", 1), ("max_file_bytes", 1), ("shutdown_timeout", 0)):

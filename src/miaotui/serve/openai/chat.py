@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miaotui.engine.params import SamplingParams
@@ -11,8 +11,10 @@ from miaotui.errors import RequestError
 from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
 from miaotui.serve.openai.sampling import aliases, chat_logprobs, end_tokens, sampling_params, told
-from miaotui.serve.openai.schemas import ChatRequest, Message, Tool, validate
-from miaotui.serve.openai.voice import ToolParser, Voice, whole_message
+from miaotui.serve.openai.schemas import AllowedTools, ChatRequest, Message, NamedTool, Tool, validate
+from miaotui.serve.openai.tool_calls.conversation import for_template
+from miaotui.serve.openai.tool_calls.offer import Choice, Function, Mode, Offer, make_offer
+from miaotui.serve.openai.voice import Voice, as_chat, whole_message
 
 _LONG = 1 << 17
 """Characters of a conversation from which its length is looked at before it is encoded."""
@@ -32,10 +34,13 @@ class ChatJob:
         if request.max_completion_tokens is not None:
             self.aliases["max_tokens"] = "max_completion_tokens"
         self.params = self._params(request)
-        self._new_parser = _parsers(model, request)
+        self._offer = offer_of(model, request.tools, request.tool_choice, request.parallel_tool_calls)
+        if self._offer is not None:
+            self.params = self._offer.constrain(self.params)
+            self.aliases["structured_outputs"] = "tools"
         self.prompts = [
             chat_prompt(
-                model, request.messages, request.tools, request.add_generation_prompt, request.chat_template_kwargs
+                model, request.messages, self._offer, request.add_generation_prompt, request.chat_template_kwargs
             )
         ]
         self._ends = end_tokens(self.params, model.engine.config.eos_token_ids)
@@ -66,7 +71,7 @@ class ChatJob:
         }
 
     def _choice(self, choice: CompletionOutput) -> dict[str, Any]:
-        voice = Voice(self._new_parser)
+        voice = self._voice()
         message = {"role": "assistant", **whole_message(voice.say(choice)), "refusal": None}
         return {
             "index": choice.index,
@@ -75,16 +80,19 @@ class ChatJob:
             "finish_reason": voice.finish_reason(choice),
         }
 
+    def _voice(self) -> Voice:
+        return Voice(None if self._offer is None else self._offer.new_stream())
+
     # -- streamed ------------------------------------------------------------------------------------------
     def chunks(self, prompt: int, output: RequestOutput) -> bytes:
         wire = []
         for choice in output.outputs:
             voice = self._voices.get(choice.index)
             if voice is None:
-                voice = self._voices[choice.index] = Voice(self._new_parser)
+                voice = self._voices[choice.index] = self._voice()
                 wire.append(self._chunk(choice.index, {"role": "assistant", "content": ""}))
             logprobs, finish = self._logprobs(choice), voice.finish_reason
-            deltas = voice.say(choice)
+            deltas = [as_chat(delta) for delta in voice.say(choice)]
             if not deltas and (choice.finish_reason or logprobs):
                 deltas = [{}]
             for i, delta in enumerate(deltas):
@@ -117,22 +125,43 @@ class ChatJob:
         return {"content": chat_logprobs(scored, self._top, self.model.tokenizer), "refusal": None}
 
 
-def _parsers(model: Model, request: ChatRequest) -> Callable[[], ToolParser] | None:
-    """What makes a parser of each choice's calls; None where no tools are offered."""
-    if request.tools or request.tool_choice is not None:
-        raise refused("Tools are not supported by this model. Leave them out.", "tools", "unsupported_parameter")
-    return None
-
-
 def prepare(model: Model, body: Mapping[str, Any]) -> ChatJob:
     """Understand a request; slow for a long conversation. Raises ApiError and RequestError."""
     return ChatJob(model, validate(ChatRequest, body))
 
 
+def offer_of(
+    model: Model,
+    tools: Sequence[Tool] | None,
+    tool_choice: Mode | NamedTool | AllowedTools | None = None,
+    parallel_tool_calls: bool | None = None,
+) -> Offer | None:
+    """The tools of a request; None when there are none. Raises ApiError for what cannot be done with them."""
+    functions = [
+        Function(f.name, f.description, f.parameters, bool(f.strict)) for f in (t.function for t in tools or ())
+    ]
+    return make_offer(
+        functions,
+        _choice_of(tool_choice, parallel_tool_calls is not False),
+        template=model.chat_template,
+        tokenizer=model.tokenizer,
+        parser=model.tool_call_parser,
+    )
+
+
+def _choice_of(asked: Mode | NamedTool | AllowedTools | None, several: bool) -> Choice:
+    if isinstance(asked, NamedTool):
+        return Choice("required", (asked.function.name,), several=False)
+    if isinstance(asked, AllowedTools):
+        allowed = asked.allowed_tools
+        return Choice(allowed.mode, tuple(tool.function.name for tool in allowed.tools), several)
+    return Choice(asked or "auto", None, several)
+
+
 def chat_prompt(
     model: Model,
     messages: Sequence[Message],
-    tools: Sequence[Tool] | None,
+    offer: Offer | None,
     add_generation_prompt: bool | None,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> list[int]:
@@ -144,18 +173,18 @@ def chat_prompt(
             param="messages",
         )
     template = model.chat_template
-    said = [_for_template(message) for message in messages]
-    offered = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+    said, shown = for_template(template, [_for_template(message) for message in messages], offer)
     answering = add_generation_prompt is not False
-    if sum(map(_characters, said)) > _LONG:
-        text = template.render(said, offered, answering, chat_template_kwargs=chat_template_kwargs)
+    if sum(map(_characters, said)) + len(str(shown)) > _LONG:
+        text = template.render(said, shown, answering, chat_template_kwargs=chat_template_kwargs)
         model.refuse_too_long(text, "messages")
-    return template.encode(said, offered, answering, chat_template_kwargs=chat_template_kwargs)
+    return template.encode(said, shown, answering, chat_template_kwargs=chat_template_kwargs)
 
 
 def _characters(message: Mapping[str, Any]) -> int:
     content = message.get("content")
-    return sum(len(str(part)) for part in content) if isinstance(content, list) else len(content or "")
+    said = sum(len(str(part)) for part in content) if isinstance(content, list) else len(content or "")
+    return said + len(str(message.get("tool_calls", "")))
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def shutting_down() -> ApiError:
     return _unavailable("The server is shutting down. Ask another one, or later.", "shutting_down", 5)
 
 
+def engine_failed() -> ApiError:
+    """Nothing will be answered any more."""
+    return _unavailable("The engine has failed. The server's log says why.", "engine_failed", 5)
+
+
 def _unavailable(message: str, code: str, retry_after: int) -> ApiError:
     headers = {"retry-after": str(retry_after)}
     return ApiError(503, message, type="service_unavailable_error", code=code, headers=headers)

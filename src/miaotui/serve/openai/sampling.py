@@ -61,10 +61,10 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        name = names.get(error.param or "", error.param)
-        raise RequestError(
-            error.message.replace(f"parameter {error.param} ", f"parameter {name} "), error.hint, name
-        ) from error
+        name, message = names.get(error.param or "", error.param), error.message
+        for word in ("parameter", "in"):
+            message = message.replace(f"{word} {error.param} ", f"{word} {name} ")
+        raise RequestError(message, error.hint, name) from error
 
 
 def _token_id(text: str) -> int:

@@ -14,6 +14,7 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
+MAX_TOOLS = 128
 MAX_LOGPROBS = 20
 """Likeliest tokens told beside each chosen one."""
 
@@ -132,6 +133,18 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedSet(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Strict):
+    """A part of the tools that may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+
 class ChatRequest(Sampled):
     """A conversation to answer."""
 
@@ -139,8 +152,8 @@ class ChatRequest(Sampled):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
@@ -168,7 +181,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -220,4 +233,4 @@ def _param(loc: Sequence[int | str]) -> str:
 
 def _is_branch(part: str) -> bool:
     """Whether part of an error's place names the branch of a union, and no field."""
-    return part in ("str", "NamedTool") or "[" in part
+    return part in ("str", "NamedTool", "AllowedTools") or "[" in part

@@ -7,7 +7,7 @@ from typing import Any
 
 from miaotui.engine.admit import check_prompt
 from miaotui.engine.text import decode
-from miaotui.serve.openai.chat import chat_prompt
+from miaotui.serve.openai.chat import chat_prompt, offer_of
 from miaotui.serve.openai.errors import refused
 from miaotui.serve.openai.job import Model
 from miaotui.serve.openai.sampling import renamed
@@ -31,9 +31,8 @@ def tokenize(model: Model, body: Mapping[str, Any]) -> dict[str, Any]:
     elif request.add_special_tokens:
         raise refused("The chat template adds its own special tokens. Leave it out.", "add_special_tokens")
     else:
-        ids = chat_prompt(
-            model, request.messages, request.tools, request.add_generation_prompt, request.chat_template_kwargs
-        )
+        offer = offer_of(model, request.tools)
+        ids = chat_prompt(model, request.messages, offer, request.add_generation_prompt, request.chat_template_kwargs)
     strings = [model.tokenizer.backend.id_to_token(i) for i in ids] if request.return_token_strs else None
     return {
         "count": len(ids),

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from miaotui.engine.request import CompletionOutput
+from miaotui.serve.openai.tool_calls.deltas import CallBegins, Content, Delta
+from miaotui.serve.openai.tool_calls.reading import ToolCallStream
 
-Delta = dict[str, Any]
+ChatDelta = dict[str, Any]
 """What a chunk adds to a message: `content`, or `tool_calls` with the next piece of a call."""
 
 
-class ToolParser(Protocol):
-    """Finds calls in an answer's text as it comes."""
-
-    def feed(self, text: str) -> Sequence[Delta]:
-        """The deltas that this piece of text makes certain."""
-        ...
-
-    def finish(self) -> Sequence[Delta]:
-        """The rest, once no text will follow."""
-        ...
-
-
 class Voice:
-    """One choice as it is told: its text, and the calls that a parser finds in it."""
+    """One choice as it is told. Without `calls` its text is told as it is."""
 
-    def __init__(self, new_parser: Callable[[], ToolParser] | None) -> None:
-        self._parser = None if new_parser is None else new_parser()
+    def __init__(self, calls: ToolCallStream | None) -> None:
+        self._calls = calls
         self._called = False
 
     def say(self, choice: CompletionOutput) -> list[Delta]:
         """The deltas of what is new in a choice; with its end, all that was held back."""
-        if self._parser is None:
-            return [{"content": choice.text}] if choice.text else []
-        deltas = list(self._parser.feed(choice.text)) if choice.text else []
+        if self._calls is None:
+            return [Content(choice.text)] if choice.text else []
+        deltas = self._calls.push(choice.text)
         if choice.finish_reason is not None:
-            deltas += self._parser.finish()
-        self._called = self._called or any("tool_calls" in delta for delta in deltas)
+            deltas += self._calls.finish()
+        self._called = self._called or any(isinstance(delta, CallBegins) for delta in deltas)
         return deltas
 
     def finish_reason(self, choice: CompletionOutput) -> str | None:
@@ -45,17 +35,25 @@ class Voice:
         return "tool_calls" if self._called and choice.finish_reason == "stop" else choice.finish_reason
 
 
-def whole_message(deltas: Sequence[Delta]) -> Delta:
+def as_chat(delta: Delta) -> ChatDelta:
+    """A delta as chunks of chat completions have it."""
+    if isinstance(delta, Content):
+        return {"content": delta.text}
+    if isinstance(delta, CallBegins):
+        function = {"name": delta.name, "arguments": ""}
+        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+
+
+def whole_message(deltas: Sequence[Delta]) -> ChatDelta:
     """`content` and `tool_calls` of a message whose deltas these are."""
-    content = "".join(delta.get("content") or "" for delta in deltas)
-    calls: dict[int, dict[str, Any]] = {}
+    content, calls = "", list[ChatDelta]()
     for delta in deltas:
-        for part in delta.get("tool_calls", ()):
-            call = calls.setdefault(part["index"], {"id": "", "type": "function", "function": {"arguments": ""}})
-            call["id"] = part.get("id") or call["id"]
-            function = part.get("function", {})
-            call["function"]["name"] = function.get("name") or call["function"].get("name", "")
-            call["function"]["arguments"] += function.get("arguments") or ""
-    if not calls:
-        return {"content": content}
-    return {"content": content or None, "tool_calls": [calls[index] for index in sorted(calls)]}
+        if isinstance(delta, Content):
+            content += delta.text
+        elif isinstance(delta, CallBegins):
+            function = {"name": delta.name, "arguments": ""}
+            calls.append({"id": delta.id, "type": "function", "function": function})
+        else:
+            calls[delta.index]["function"]["arguments"] += delta.text
+    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
