@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 _BATCH_WIDTH = 64
-"""Requests of /v1/batches that are in flight at once; those of clients go first."""
+_BATCH_SHARE = 4
+"""Requests of /v1/batches that are in flight at once: so many, and at most a quarter of the queue."""
 
 
 @click.command("serve")
@@ -33,11 +35,6 @@ _BATCH_WIDTH = 64
     "--tool-call-parser",
     type=click.Choice(["hermes", "llama3_json", "mistral"]),
     help="How the model writes calls of tools.  [default: as its chat template says]",
-)
-@click.option(
-    "--tool-call-parser",
-    type=click.Choice(["hermes", "llama3_json", "mistral"]),
-    help="How the model writes tool calls.  [default: as its chat template does]",
 )
 @click.option(
     "--max-queue",
@@ -145,8 +142,10 @@ def command(
     service = Service(settings, observe=metrics.observe)
     url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listening.getsockname()[1]}"
     click.echo(f"Listening on {url} (the model is loading)", err=True)
-    with TemporaryDirectory(prefix="miaotui-batches-") as passing:
-        batches = BatchStore(batch_dir or Path(passing), service.answer, _BATCH_WIDTH)
+    with ExitStack() as stack:
+        passing = stack.enter_context(TemporaryDirectory(prefix="miaotui-batches-"))
+        width = max(1, min(_BATCH_WIDTH, settings.max_queue // _BATCH_SHARE))
+        batches = stack.enter_context(closing(BatchStore(batch_dir or Path(passing), service.answer, width)))
         app = guarded(
             create_app(service, settings, metrics=metrics, batches=batches),
             keys=keys,
