@@ -1,0 +1,1 @@
+"""Compression: calibrate once, then try every scheme on each layer. Needs PyTorch (the extra `compress`)."""
