@@ -1,0 +1,137 @@
+"""GPTQ: columns rounded one after the other, each one's error made good by those that follow.
+
+Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. Groups are static (scales from the original weight, before any
+ordering), so that an activation order needs no g_idx in the artefact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from miaotui.compress.methods.grid import Fit, Grid, Minimum, Quantised, fit, quantised
+from miaotui.errors import UsageError
+from miaotui.quant.scheme import QuantScheme
+
+BLOCK = 128
+"""Columns whose corrections to the rest are gathered into one product (section 3.3, step 2)."""
+TRIES = 8
+"""How often damping is raised, tenfold each time, when the factorisation fails."""
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """damping: share of the mean of the moment's diagonal that is added to it. order: columns by falling activation."""
+
+    damping: float = 0.01
+    order: bool = True
+    fit: Fit = "output"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise UsageError(f"The damping is {self.damping}.", "Give a share from 0 to 1, such as 0.01.")
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What GPTQ needs of a moment, shared by every weight with these inputs.
+
+    upper: U `[in, in]` with (H + damping)⁻¹ = Uᵀ·U, rows and columns in `order`; dead: inputs that were always 0.
+    """
+
+    upper: torch.Tensor
+    order: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+
+
+def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor:
+    """Factor the inverse of XᵀX, damped; more and more where it is too near singular for float32.
+
+    The moment reversed is L·Lᵀ; reversed again, H = R·Rᵀ with R upper triangular, so that H⁻¹ = R⁻ᵀ·R⁻¹ and U = R⁻¹:
+    one factorisation and one triangular inverse, and no inverse of H itself.
+    Raises UsageError for a moment that is not finite.
+    """
+    diagonal = moment.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise UsageError(
+            "The calibration gave activations that are not finite.", "Check the model: does it answer sensibly?"
+        )
+    dead = diagonal <= 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.order else torch.arange(len(diagonal))
+    reverse = order.flip(0)
+    flipped = moment[reverse][:, reverse]
+    at = torch.arange(len(diagonal))
+    flipped[at, at] += dead[reverse].float()
+    mean = float(flipped.diagonal().mean())
+    damping = options.damping
+    for _ in range(TRIES):
+        damped = flipped.clone()
+        damped[at, at] += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            identity = torch.eye(len(diagonal))
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            if bool(torch.isfinite(inverse).all()):
+                return Factor(inverse.flip(0, 1).contiguous(), order, dead, damping)
+        damping *= 10
+    raise AssertionError("a positive semidefinite matrix with ten million times its mean added is not definite")
+
+
+def gptq(
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    moment: torch.Tensor,
+    options: GptqOptions = GptqOptions(),
+    *,
+    shared: Factor | None = None,
+    minimum: Minimum = "zero_point",
+    grid: Grid | None = None,
+) -> Quantised:
+    """Codes of a weight `[out, in]` that keep its outputs, given XᵀX of its inputs `[in, in]`.
+
+    Rows are independent: weights with the same inputs may be stacked along `out`, or share a `Factor`. `grid` is one
+    already fitted.
+    """
+    shared = shared or factor(moment, options)
+    alive = torch.where(shared.dead, 0.0, weight)
+    grid = grid or fit(alive, scheme, options.fit, moment=moment, minimum=minimum)
+    codes = _solve(alive, grid, shared)
+    return quantised(grid, codes, weight, moment)
+
+
+def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> torch.Tensor:
+    """The codes `[out, in]`. Works on the transpose, where a column of the weight is contiguous."""
+    rest = weight.T[shared.order].contiguous()
+    upper, width = shared.upper, weight.shape[1]
+    scales = grid.scale.T.contiguous()
+    zeros = None if grid.zero is None else grid.zero.T.contiguous()
+    floors = None if grid.minimum is None else grid.minimum.T.contiguous()
+    group_of = (shared.order // grid.size).tolist()
+    pivots = upper.diagonal().tolist()
+    codes = torch.empty_like(rest)
+    top = grid.top
+    for start in range(0, width, BLOCK):
+        end = min(start + BLOCK, width)
+        errors = torch.empty(end - start, weight.shape[0])
+        for i in range(start, end):
+            column, group = rest[i], group_of[i]
+            scale = scales[group]
+            if zeros is not None:
+                zero = zeros[group]
+                code = torch.div(column, scale).round_().add_(zero).clamp_(0, top)
+                value = torch.sub(code, zero).mul_(scale)
+            else:
+                assert floors is not None
+                code = torch.sub(column, floors[group]).div_(scale).round_().clamp_(0, top)
+                value = torch.addcmul(floors[group], code, scale)
+            codes[i] = code
+            error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i])
+            if i + 1 < end:
+                rest[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        if end < width:
+            rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    ordered = torch.empty_like(codes)
+    ordered[shared.order] = codes
+    return ordered.T.contiguous()
