@@ -36,6 +36,8 @@ class ToyTemplate:
 
 
 class ToyCheckpoint:
+    path = Path("toy")
+
     def fingerprint(self) -> str:
         return "toy"
 
