@@ -387,7 +387,8 @@ OVERFLOW = """() => {
   // A drawn text's own two widths differ by rounding: only where it ends counts.
   const inside = (e) => e.closest('pre, .table, .unseen, .skip, .sprite, .brand > span');
   return [...document.querySelectorAll('body, body *')].filter((e) => e.checkVisibility() && !inside(e))
-    .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 || (!e.closest('svg') && e.scrollWidth > (e.clientWidth || Infinity)))
+    .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5
+      || (!e.closest('svg') && e.scrollWidth > (e.clientWidth || Infinity)))
     .map((e) => `${e.tagName} ${e.id} ${e.className} ${e.closest('svg') ? e.textContent : ''}`);
 }"""
 
