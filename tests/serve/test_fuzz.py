@@ -16,7 +16,7 @@ from tests.serve.serving import Server, serving
 EXAMPLES = 60
 """For each endpoint and way of generating."""
 
-OURS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+OURS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 
 
 @pytest.fixture(scope="module")

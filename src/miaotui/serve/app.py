@@ -19,15 +19,18 @@ from miaotui.serve.batches import Batches, add_batches
 from miaotui.serve.limits import read_body
 from miaotui.serve.metrics import CONTENT_TYPE, Metrics
 from miaotui.serve.openai.errors import ApiError, no_such_model
+from miaotui.serve.openai.response_schemas import ResponseRequest
 from miaotui.serve.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miaotui.serve.page import add_card, add_page
 from miaotui.serve.running import Abandoned, Running
 from miaotui.serve.service import JOBS, LOOKUPS, Service
 from miaotui.serve.settings import ServeSettings
+from miaotui.serve.stored import add_responses
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -49,6 +52,7 @@ def create_app(
         _add_endpoint(app, path, service, JobResponse)
     for path in LOOKUPS:
         _add_endpoint(app, path, service, LookupResponse)
+    add_responses(app, service)
     _add_models(app, service)
     _add_state(app, service)
     if metrics is not None:
@@ -191,7 +195,7 @@ class JobResponse(BodyResponse):
         service = self._service
         with service.admit() as seat:
             read = await self._read()
-            with await service.begin(self._path, read, seat) as running:
+            with await service.begin(self._path, read, seat, timeout=service.settings.request_timeout) as running:
                 watch = asyncio.create_task(_watch(receive, running))
                 try:
                     if running.job.stream:

@@ -92,19 +92,19 @@ async def read_body(chunks: AsyncIterator[bytes], declared: str | None, most: in
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             if declared is not None and declared.isdigit() and int(declared) > most:
-                await _discard(chunks)
+                await discard(chunks)
                 raise _too_large(most)
             async for chunk in chunks:
                 body += chunk
                 if len(body) > most:
-                    await _discard(chunks)
+                    await discard(chunks)
                     raise _too_large(most)
     except TimeoutError:
         raise ApiError(408, f"The request's body did not arrive within {BODY_TIMEOUT:g} s.") from None
     return bytes(body)
 
 
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
+async def discard(chunks: AsyncIterator[bytes]) -> None:
     """Read on, within bounds: a client that still writes when its connection is closed never sees the answer."""
     left = _MOST_DISCARDED
     with contextlib.suppress(TimeoutError):

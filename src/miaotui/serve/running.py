@@ -9,8 +9,8 @@ from typing import Any
 
 from miaotui.engine.request import RequestOutput
 from miaotui.errors import RequestError
-from miaotui.serve.openai.errors import ApiError, as_api_error, timed_out
-from miaotui.serve.openai.job import DONE, Job, Model, event, new_id
+from miaotui.serve.openai.errors import as_api_error, timed_out
+from miaotui.serve.openai.job import Job, Model, new_id
 from miaotui.serve.openai.sampling import renamed
 from miaotui.serve.worker import EngineWorker, Mailbox, Order
 
@@ -110,9 +110,4 @@ class Running:
         except Abandoned:
             return
         except Exception as error:
-            yield error_event(as_api_error(error))
-
-
-def error_event(error: ApiError) -> bytes:
-    """A stream's end by an error, as OpenAI's clients know it."""
-    return event(error.body()) + DONE
+            yield self.job.failure(as_api_error(error))

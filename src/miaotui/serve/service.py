@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from miaotui.engine.engine import Engine
 from miaotui.serve.limits import Seat, Seats
-from miaotui.serve.openai import chat, completions, tokenize
-from miaotui.serve.openai.errors import ApiError, as_api_error, loading, refused, shutting_down
+from miaotui.serve.openai import chat, completions, responses, tokenize
+from miaotui.serve.openai.errors import ApiError, as_api_error, engine_failed, loading, refused, shutting_down
 from miaotui.serve.openai.job import Job, Model, now
 from miaotui.serve.running import Running, orders_of
 from miaotui.serve.settings import ServeSettings
@@ -26,6 +26,7 @@ Prepare = Callable[[Model, Mapping[str, Any]], Job]
 JOBS: dict[str, Prepare] = {
     "/v1/chat/completions": chat.prepare,
     "/v1/completions": completions.prepare,
+    "/v1/responses": responses.prepare,
 }
 """Endpoints that the engine answers, by path."""
 LOOKUPS: dict[str, Callable[[Model, Mapping[str, Any]], dict[str, Any]]] = {
@@ -97,22 +98,26 @@ class Service:
 
     # -- requests ------------------------------------------------------------------------------------------
     async def answer(self, url: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and JSON body of a request that does not stream. Never raises but for being cancelled."""
+        """Status and JSON body of a request that does not stream. Never raises but for being cancelled.
+
+        It has no deadline: nobody waits for it, and in a batch it may have to let many others go first.
+        503: not yet, or not any more.
+        """
         try:
             if url in LOOKUPS:
                 return 200, await self.look_up(url, lambda: body)
             if body.get("stream"):
                 raise refused("A stream cannot be given here. Leave stream out.", "stream")
-            with self.admit() as seat, await self.begin(url, lambda: body, seat) as running:
+            with self.admit() as seat, await self.begin(url, lambda: body, seat, timeout=None) as running:
                 return 200, await self.whole(running)
         except Exception as error:
-            found = as_api_error(error)
+            found = engine_failed() if self.failed.is_set() else as_api_error(error)
             return found.status, found.body()
 
     async def look_up(self, url: str, read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Answer from the tokenizer alone. `read` gives the body; it is called in a thread."""
         with self.admit():
-            model = self._model()
+            model = self.attached
             return await self._in_thread(lambda: LOOKUPS[url](model, read()))
 
     def admit(self) -> Seat:
@@ -126,12 +131,16 @@ class Service:
             raise loading()
         return self._seats.take()
 
-    async def begin(self, url: str, read: Callable[[], Mapping[str, Any]], seat: Seat) -> Running:
-        """Understand a request and give it to the engine. `read` gives its body; it is called in a thread.
+    async def begin(
+        self, url: str, read: Callable[[], Mapping[str, Any]], seat: Seat, *, timeout: float | None
+    ) -> Running:
+        """Understand a request and give it to the engine, which has `timeout` seconds for it.
+
+        `read` gives its body; it is called in a thread.
 
         Raises ApiError and RequestError for what cannot be served.
         """
-        model = self._model()
+        model = self.attached
         prepare = JOBS.get(url)
         if prepare is None:
             raise ApiError(404, f"There is no endpoint {url}.", param="url")
@@ -145,7 +154,7 @@ class Service:
         if self.draining:
             raise shutting_down()
         assert self._worker is not None
-        return Running(job, orders, self._worker, self.settings.request_timeout, self._running)
+        return Running(job, orders, self._worker, timeout, self._running)
 
     async def whole(self, running: Running) -> dict[str, Any]:
         """The answer of a request that does not stream. Raises what it ended with."""
@@ -158,7 +167,7 @@ class Service:
 
     def models(self) -> list[dict[str, Any]]:
         """What `/v1/models` lists."""
-        model = self._model()
+        model = self.attached
         length = model.engine.config.max_model_len
         return [
             {
@@ -200,7 +209,9 @@ class Service:
         if self._llm is not None:
             self._llm.close()
 
-    def _model(self) -> Model:
+    @property
+    def attached(self) -> Model:
+        """The model. Raises ApiError 503 before it is there."""
         if self.model is None:
             raise loading()
         return self.model

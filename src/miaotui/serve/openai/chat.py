@@ -8,8 +8,8 @@ from typing import Any
 from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import CompletionOutput, RequestOutput
 from miaotui.errors import RequestError
-from miaotui.serve.openai.errors import refused
-from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
+from miaotui.serve.openai.errors import ApiError, refused
+from miaotui.serve.openai.job import DONE, Model, Usage, error_event, event, new_id, now
 from miaotui.serve.openai.sampling import aliases, chat_logprobs, end_tokens, sampling_params, told
 from miaotui.serve.openai.schemas import AllowedTools, ChatRequest, Message, NamedTool, Tool, validate
 from miaotui.serve.openai.tool_calls.conversation import for_template
@@ -110,6 +110,9 @@ class ChatJob:
             return DONE
         return event({**self._head, "choices": [], "usage": self._usage.as_dict()}) + DONE
 
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error)
+
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
     ) -> bytes:
@@ -165,19 +168,37 @@ def chat_prompt(
     add_generation_prompt: bool | None,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> list[int]:
-    """The ids of a conversation. Raises RequestError where the template refuses it, or there is none."""
+    """The ids of a request's conversation; see `conversation_prompt`."""
+    said = [_for_template(message) for message in messages]
+    return conversation_prompt(
+        model, said, offer, add_generation_prompt is not False, chat_template_kwargs, param="messages"
+    )
+
+
+def conversation_prompt(
+    model: Model,
+    messages: Sequence[dict[str, Any]],
+    offer: Offer | None,
+    answering: bool,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    *,
+    param: str,
+) -> list[int]:
+    """The ids of a conversation, which the request calls `param`.
+
+    Raises RequestError where the template refuses it, or there is none, and ApiError where it is far too long.
+    """
     if model.chat_template is None:
         raise RequestError(
             f"The model {model.names[0]} has no chat template.",
             "Start the server with --chat-template FILE, or use /v1/completions.",
-            param="messages",
+            param=param,
         )
     template = model.chat_template
-    said, shown = for_template(template, [_for_template(message) for message in messages], offer)
-    answering = add_generation_prompt is not False
+    said, shown = for_template(template, messages, offer)
     if sum(map(_characters, said)) + len(str(shown)) > _LONG:
         text = template.render(said, shown, answering, chat_template_kwargs=chat_template_kwargs)
-        model.refuse_too_long(text, "messages")
+        model.refuse_too_long(text, param)
     return template.encode(said, shown, answering, chat_template_kwargs=chat_template_kwargs)
 
 

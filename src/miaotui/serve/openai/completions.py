@@ -7,8 +7,8 @@ from typing import Any
 
 from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import CompletionOutput, RequestOutput
-from miaotui.serve.openai.errors import refused
-from miaotui.serve.openai.job import DONE, Model, Usage, event, new_id, now
+from miaotui.serve.openai.errors import ApiError, refused
+from miaotui.serve.openai.job import DONE, Model, Usage, error_event, event, new_id, now
 from miaotui.serve.openai.sampling import TextLogprobs, aliases, end_tokens, sampling_params, told
 from miaotui.serve.openai.schemas import CompletionRequest, validate
 
@@ -78,6 +78,9 @@ class CompletionJob:
         if self._usage is None:
             return DONE
         return event(self._envelope([]) | {"usage": self._usage.as_dict()}) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import orjson
@@ -15,7 +15,8 @@ from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import RequestOutput
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer
-from miaotui.serve.openai.errors import no_such_model, refused
+from miaotui.serve.openai.errors import ApiError, no_such_model, refused
+from miaotui.serve.openai.response_store import ResponseStore
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,6 +31,7 @@ class Model:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     tool_call_parser: str | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that is the model's own input: the text of a special token in it is that token.
@@ -82,6 +84,10 @@ class Job(Protocol):
         """The last events, after all outputs."""
         ...
 
+    def failure(self, error: ApiError) -> bytes:
+        """The last events, where the request has failed after it was begun."""
+        ...
+
 
 @dataclass(slots=True)
 class Usage:
@@ -116,6 +122,11 @@ class Usage:
 def event(data: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """A stream's end by an error, as OpenAI's clients know it."""
+    return event(error.body()) + DONE
 
 
 def new_id(prefix: str) -> str:
