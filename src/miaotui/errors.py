@@ -8,7 +8,7 @@
     ├── RequestError                 a request that can never be served as asked (HTTP 400)
     ├── ResourceError                not enough memory, disk, cores or time
     ├── DependencyError              an optional package or driver is absent
-    └── InterruptedWorkError         long work was stopped; what is done is kept
+    └── InterruptedWorkError         exit status 130: long work was stopped; what is done is kept
 
 `assert` is for our own mistakes; these are for what the user can mend.
 """
@@ -63,4 +63,4 @@ class DependencyError(MiaotuiError):
 
 
 class InterruptedWorkError(MiaotuiError):
-    pass
+    exit_code = 130

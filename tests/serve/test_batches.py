@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import Request
@@ -26,12 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("batches")
 
 
-def _serving(demo_gguf: Path, folder: Path, stores: list[BatchStore]) -> Any:
+@contextmanager
+def _serving(demo_gguf: Path, folder: Path, stores: list[BatchStore]) -> Iterator[Server]:
     def make(service: Service, settings: ServeSettings) -> Any:
         stores.append(BatchStore(folder, service.answer, 4))
         return create_app(service, settings, batches=stores[-1])
 
-    return serving(demo_gguf, make_app=make, settings={"max_file_bytes": 100_000}, max_num_seqs=4, max_model_len=256)
+    bounds = {"max_file_bytes": 100_000}
+    with serving(demo_gguf, make_app=make, settings=bounds, max_num_seqs=4, max_model_len=256) as server:
+        yield server
+    stores[-1].close()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """The answers to a file of requests: as many at once as the engine takes, each exactly once.
 
-Memory holds the requests that are in flight, and a few bytes for each line of the input.
+Memory holds the requests that are in flight, a megabyte of lines read ahead, and for each line of the input a hash of
+its name, the place of its record and, where it may be asked again, a hash of its request: about 200 bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,51 +16,30 @@ from typing import Any
 import orjson
 
 from miaotui.checkpoint.write import atomic_file
-from miaotui.errors import UsageError
 from miaotui.offline.cache import ResultCache
-from miaotui.offline.format import BadLine, Task, answered, cache_key, deterministic, failed, read_task, succeeded
+from miaotui.offline.format import BadLine, Task, answered, deterministic, failed, read_task, request_key, succeeded
 from miaotui.offline.journal import Journal
+from miaotui.offline.source import Source
 
 Answer = Callable[[str, Mapping[str, Any]], Awaitable[tuple[int, dict[str, Any]]]]
-"""`(url, body)` to `(HTTP status, JSON body)`; never raises but for being cancelled."""
+"""`(url, body)` to `(HTTP status, JSON body)`. What it raises ends the batch."""
+
+_AHEAD_LINES = 256
+_AHEAD_BYTES = 1 << 20
 
 
 @dataclass
 class Progress:
-    """How far a batch is. `before` lines were done by an earlier run of it."""
+    """How far a batch is. `before` lines were done by an earlier run; tokens are those of this one."""
 
     total: int
     before: int
-    done: int = 0
-    failed: int = 0
-    from_cache: int = 0
+    done: int
+    failed: int
+    reused: int = 0
+    """Lines that got the answer of the same request."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """An input file as it was when the batch began."""
-
-    path: Path
-    lines: int
-    sha256: str
-
-
-def look_at(path: Path) -> Source:
-    """Count and fingerprint the lines. Raises UsageError when the file cannot be read."""
-    found = hashlib.sha256()
-    lines = 0
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                found.update(line)
-                lines += bool(line.strip())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", "Give a file of requests, one a line.") from None
-    if not lines:
-        raise UsageError(f"{path} has no requests.", "Write one request a line, as JSON.")
-    return Source(path, lines, found.hexdigest())
 
 
 def journal_of(output: Path) -> Path:
@@ -69,7 +49,10 @@ def journal_of(output: Path) -> Path:
 
 @dataclass
 class Batch:
-    """One run over `source`. `model` is the fingerprint of what answers, and `width` how many requests go at once."""
+    """One run over `source`. `model` is the fingerprint of what answers, and `width` how many requests go at once.
+
+    Batches that share `turns` share what goes at once.
+    """
 
     source: Source
     journal: Journal
@@ -78,75 +61,120 @@ class Batch:
     width: int
     cache: ResultCache | None = None
     tell: Callable[[Progress], None] = lambda progress: None
+    turns: asyncio.Semaphore | None = None
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
-        self.progress = Progress(self.source.lines, self.journal.done, done=self.journal.done)
+        done = self.journal.done
+        self.progress = Progress(self.source.lines, done, done, self.journal.failed)
+        self._turns = self.turns or asyncio.Semaphore(self.width)
+        self._lines = self._left()
+        self._ahead: deque[tuple[int, Task | BadLine]] = deque()
+        self._reading = asyncio.Lock()
         self._seen: set[int] = set()
-        """Hashes of the custom ids so far."""
-        self._in_flight: dict[str, asyncio.Future[dict[str, Any] | None]] = {}
+        """Hashes of the custom ids so far; touched by the thread that reads alone."""
+        self._in_flight: dict[str, asyncio.Future[None]] = {}
+        """By key: done when the request is, however it ended."""
 
     async def run(self) -> Progress:
-        """Answer every line that has no record yet. When cancelled, what is done is kept."""
-        lines = self._left()
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(min(self.width, self.source.lines)):
-                workers.create_task(self._work(lines))
+        """Answer every line that has no record yet. When this is cancelled or raises, what is done is kept.
+
+        Raises UsageError when the source was changed meanwhile, ResourceError for the cache, OSError for the journal.
+        """
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(self.width, self.source.lines - self.journal.done)):
+                    workers.create_task(self._work())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        self.source.check()
         return self.progress
 
-    async def _work(self, lines: Iterator[tuple[int, bytes, bool]]) -> None:
-        for number, line, known in lines:
-            record = await self._record(line, known)
-            self.journal.add(number, record)
-            self.progress.done += 1
-            self.progress.failed += not succeeded(record)
-            self.tell(self.progress)
+    async def _work(self) -> None:
+        while True:
+            async with self._turns:  # before a line is taken, so that those who wait hold none
+                line = await self._next()
+                if line is None:
+                    return
+                await self._do(*line)
 
-    def _left(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Number and content of each line to be done, and whether its custom_id stood there before."""
-        number = -1
-        with open(self.source.path, "rb") as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                number += 1
-                known = self._known(line)
-                if number not in self.journal:
-                    yield number, line, known
+    async def _do(self, number: int, task: Task | BadLine) -> None:
+        key = None
+        if isinstance(task, BadLine):
+            record = failed(task)
+        else:
+            if deterministic(task.body):
+                key = request_key(self.model, task.url, task.body)
+            status, body = await (self._ask(task) if key is None else self._ask_once(task, key))
+            record = answered(task.custom_id, status, body)
+        self.journal.add(number, record, key if succeeded(record) else None)
+        self.progress.done += 1
+        self.progress.failed += not succeeded(record)
+        self.tell(self.progress)
 
-    def _known(self, line: bytes) -> bool:
+    # -- lines in --------------------------------------------------------------------------------------------
+    async def _next(self) -> tuple[int, Task | BadLine] | None:
+        async with self._reading:
+            if not self._ahead:
+                self._ahead.extend(await asyncio.to_thread(self._read_ahead))
+            return self._ahead.popleft() if self._ahead else None
+
+    def _read_ahead(self) -> list[tuple[int, Task | BadLine]]:
+        found, size = [], 0
+        for number, task, length in self._lines:
+            found.append((number, task))
+            size += length
+            if len(found) == _AHEAD_LINES or size > _AHEAD_BYTES:
+                break
+        return found
+
+    def _left(self) -> Iterator[tuple[int, Task | BadLine, int]]:
+        """Number, request and length in bytes of each line that is to be done."""
+        for number, line in enumerate(self.source.read()):
+            if number == self.source.lines:
+                self.source.check()
+            task = self._understand(line)
+            if number not in self.journal:
+                yield number, task, len(line)
+
+    def _understand(self, line: bytes) -> Task | BadLine:
         try:
-            name: str | None = read_task(line).custom_id
+            task: Task | BadLine = read_task(line)
         except BadLine as bad:
-            name = bad.custom_id
+            task = bad
+        name = task.custom_id
         if name is None:
-            return False
+            return task
         known = hash(name) in self._seen
         self._seen.add(hash(name))
-        return known
+        if known and isinstance(task, Task):
+            return BadLine(f"The custom_id {name!r} stands further up already.", name, "duplicate_custom_id")
+        return task
 
-    async def _record(self, line: bytes, known: bool) -> dict[str, Any]:
-        try:
-            task = read_task(line)
-        except BadLine as bad:
-            return failed(bad.custom_id, "invalid_line", str(bad))
-        if known:
-            message = f"The custom_id {task.custom_id!r} stands further up already."
-            return failed(task.custom_id, "duplicate_custom_id", message)
-        status, body = await self._answer(task)
-        return answered(task.custom_id, status, body)
-
-    async def _answer(self, task: Task) -> tuple[int, dict[str, Any]]:
-        """From the cache, from the same request that is in flight, or from the engine."""
-        if self.cache is None or not deterministic(task.body):
-            return await self._ask(task)
-        key = cache_key(self.model, task.url, task.body)
-        flying = self._in_flight.get(key)
-        body = self.cache.get(key) if flying is None else await asyncio.shield(flying)
+    # -- answers ---------------------------------------------------------------------------------------------
+    async def _ask_once(self, task: Task, key: str) -> tuple[int, dict[str, Any]]:
+        """The answer that a line further up got, or one in the cache; or ask, and have others wait for the answer."""
+        while (same := self._in_flight.get(key)) is not None:
+            await asyncio.shield(same)
+        body = self._known(key)
         if body is not None:
-            self.progress.from_cache += 1
+            self.progress.reused += 1
             return 200, body
-        return await self._answer_first(task, key)
+        self._in_flight[key] = asyncio.get_running_loop().create_future()
+        try:
+            status, body = await self._ask(task)
+            if status == 200 and self.cache is not None:
+                self.cache.put(key, body)
+            return status, body
+        finally:  # whoever waits goes on after the worker, which adds the record without a pause
+            self._in_flight.pop(key).set_result(None)
+
+    def _known(self, key: str) -> dict[str, Any] | None:
+        record = self.journal.find(key)
+        if record is not None:
+            body: dict[str, Any] = record["response"]["body"]
+            return body
+        return None if self.cache is None else self.cache.get(key)
 
     async def _ask(self, task: Task) -> tuple[int, dict[str, Any]]:
         status, body = await self.answer(task.url, task.body)
@@ -155,34 +183,21 @@ class Batch:
         self.progress.completion_tokens += usage.get("completion_tokens") or usage.get("output_tokens") or 0
         return status, body
 
-    async def _answer_first(self, task: Task, key: str) -> tuple[int, dict[str, Any]]:
-        assert self.cache is not None
-        mine: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
-        self._in_flight[key] = mine
-        kept: dict[str, Any] | None = None
-        try:
-            status, body = await self._ask(task)
-            if status == 200:
-                self.cache.put(key, body)
-                kept = body
-        finally:
-            if self._in_flight.get(key) is mine:
-                del self._in_flight[key]
-            mine.set_result(kept)
-        return status, body
-
 
 def write_records(
-    journal: Journal, output: Path, keep: Callable[[Mapping[str, Any]], bool] = lambda record: True
-) -> tuple[int, int]:
-    """Write the records, in the order of the input, as one file that appears whole.
+    journal: Journal,
+    output: Path,
+    keep: Callable[[Mapping[str, Any]], bool] = lambda record: True,
+    *,
+    in_order: bool = True,
+) -> int:
+    """Write the records, in the order of the input or of their answers, as one file that appears whole.
 
-    Returns how many were written, and how many of them are errors.
+    Returns how many were written.
     """
-    count = errors = 0
+    count = 0
     with atomic_file(output) as file:
-        for record in filter(keep, journal.records()):
+        for record in filter(keep, journal.records(in_order=in_order)):
             file.write(orjson.dumps(record) + b"\n")
             count += 1
-            errors += not succeeded(record)
-    return count, errors
+    return count

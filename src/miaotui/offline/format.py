@@ -11,7 +11,13 @@ from typing import Any
 import orjson
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+LONGEST_LINE = 4 << 20
+"""Bytes of a line, its end included; as long as the body of a request to the server."""
 _FIELDS = {"custom_id", "method", "url", "body"}
+_SAYS_NOTHING = {"user", "metadata", "priority"}
+"""Fields of a body that its answer does not depend on."""
+_REFERS = {"previous_response_id", "conversation"}
+"""Fields that refer to what was said before, somewhere else."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,18 @@ class Task:
 
 
 class BadLine(Exception):
-    """A line that asks for nothing; `custom_id` where one could be read."""
+    """A line that cannot be asked; `custom_id` where one could be read."""
 
-    def __init__(self, message: str, custom_id: str | None = None) -> None:
+    def __init__(self, message: str, custom_id: str | None = None, code: str = "invalid_line") -> None:
         super().__init__(message)
         self.custom_id = custom_id
+        self.code = code
 
 
 def read_task(line: bytes) -> Task:
     """Understand a line. Raises BadLine."""
+    if len(line) > LONGEST_LINE:
+        raise BadLine(f"The line has more than {LONGEST_LINE} bytes.")
     try:
         found = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -60,10 +69,10 @@ def answered(custom_id: str, status: int, body: Mapping[str, Any]) -> dict[str, 
     return {"id": _id("batch_req"), "custom_id": custom_id, "response": response, "error": None}
 
 
-def failed(custom_id: str | None, code: str, message: str) -> dict[str, Any]:
+def failed(bad: BadLine) -> dict[str, Any]:
     """The record of a line that could not be asked."""
-    error = {"code": code, "message": message}
-    return {"id": _id("batch_req"), "custom_id": custom_id, "response": None, "error": error}
+    error = {"code": bad.code, "message": str(bad)}
+    return {"id": _id("batch_req"), "custom_id": bad.custom_id, "response": None, "error": error}
 
 
 def succeeded(record: Mapping[str, Any]) -> bool:
@@ -73,12 +82,14 @@ def succeeded(record: Mapping[str, Any]) -> bool:
 
 def deterministic(body: Mapping[str, Any]) -> bool:
     """Whether the same body always gets the same answer."""
+    if any(body.get(name) is not None for name in _REFERS):
+        return False
     return body.get("temperature") == 0 or body.get("seed") is not None
 
 
-def cache_key(model: str, url: str, body: Mapping[str, Any]) -> str:
-    """What identical requests share; `model` is the fingerprint of the model and of how it is run."""
-    asked = {name: value for name, value in body.items() if name not in ("user", "metadata", "priority")}
+def request_key(model: str, url: str, body: Mapping[str, Any]) -> str:
+    """What identical requests share, in hex; `model` is the fingerprint of the model and of how it is run."""
+    asked = {name: value for name, value in body.items() if name not in _SAYS_NOTHING}
     canonical = orjson.dumps([model, url, asked], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(canonical).hexdigest()
 

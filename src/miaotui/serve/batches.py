@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
@@ -14,32 +14,33 @@ from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from miaotui.errors import UsageError
+from miaotui.errors import ResourceError, UsageError
 from miaotui.serve.answers import Json, parse_object
-from miaotui.serve.limits import read_body
+from miaotui.serve.limits import BODY_TIMEOUT, discard, read_body
 from miaotui.serve.openai.errors import ApiError, refused
 from miaotui.serve.openai.schemas import Strict, validate
 
 _PAGE = 100
 """Entries that a list gives when it is not told."""
 _MOST_BODY = 1 << 20
-_COPY = 1 << 20
+_FORM = 4096
+"""Bytes of a form around its file."""
 
 
 class Batches(Protocol):
-    """What `miaotui.offline.store.BatchStore` gives. Raises UsageError for what cannot be."""
+    """What `miaotui.offline.store.BatchStore` gives. Raises UsageError for what cannot be, ResourceError when full."""
 
-    def add_file(self, content: Path, filename: str, purpose: str) -> dict[str, Any]: ...
+    async def add_file(self, content: IO[bytes], filename: str, purpose: str) -> dict[str, Any]: ...
     def files(self) -> list[dict[str, Any]]: ...
     def file(self, name: str) -> dict[str, Any] | None: ...
     def content(self, name: str) -> Path: ...
-    def delete_file(self, name: str) -> None: ...
-    def create(
+    async def delete_file(self, name: str) -> None: ...
+    async def create(
         self, input_file: str, endpoint: str, window: str, metadata: Mapping[str, str] | None
     ) -> dict[str, Any]: ...
     def batches(self) -> list[dict[str, Any]]: ...
     def batch(self, name: str) -> dict[str, Any] | None: ...
-    def cancel(self, entry: dict[str, Any]) -> dict[str, Any]: ...
+    async def cancel(self, entry: dict[str, Any]) -> dict[str, Any]: ...
 
 
 class BatchRequest(Strict):
@@ -86,7 +87,7 @@ def _add_files(app: FastAPI, batches: Batches, max_file_bytes: int) -> None:
         """Delete it."""
         _known(batches.file(name), "file", name)
         try:
-            batches.delete_file(name)
+            await batches.delete_file(name)
         except UsageError as error:
             raise ApiError(409, str(error), code="file_in_use") from None
         return Json({"id": name, "object": "file", "deleted": True})
@@ -99,9 +100,11 @@ def _add_runs(app: FastAPI, batches: Batches) -> None:
         raw = await read_body(request.stream(), request.headers.get("content-length"), _MOST_BODY)
         asked = validate(BatchRequest, parse_object(raw))
         try:
-            made = batches.create(asked.input_file_id, asked.endpoint, asked.completion_window, asked.metadata)
+            made = await batches.create(asked.input_file_id, asked.endpoint, asked.completion_window, asked.metadata)
         except UsageError as error:
             raise refused(str(error), None) from None
+        except ResourceError as error:
+            raise _full(error) from None
         return Json(made)
 
     @app.get("/v1/batches", response_class=Response)
@@ -117,13 +120,17 @@ def _add_runs(app: FastAPI, batches: Batches) -> None:
     @app.post("/v1/batches/{name}/cancel", response_class=Response)
     async def cancel(name: str) -> Response:
         """Stop it; what is done becomes its output."""
-        return Json(batches.cancel(_known(batches.batch(name), "batch", name)))
+        return Json(await batches.cancel(_known(batches.batch(name), "batch", name)))
 
 
 def _known(entry: dict[str, Any] | None, kind: str, name: str) -> dict[str, Any]:
     if entry is None:
         raise ApiError(404, f"There is no {kind} `{name[:80]}`.", param=f"{kind}_id", code="not_found")
     return entry
+
+
+def _full(error: ResourceError) -> ApiError:
+    return ApiError(429, str(error), type="rate_limit_error", code="too_many", headers={"retry-after": "60"})
 
 
 def _page(entries: list[dict[str, Any]], request: Request) -> dict[str, Any]:
@@ -142,10 +149,9 @@ def _page(entries: list[dict[str, Any]], request: Request) -> dict[str, Any]:
 async def _upload(request: Request, batches: Batches, most: int) -> dict[str, Any]:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "A file is sent as multipart/form-data, with `file` and `purpose`.")
+    chunks = _bounded(request.stream(), request.headers.get("content-length"), most)
     try:
-        form = await MultiPartParser(
-            request.headers, _bounded(request.stream(), most), max_files=1, max_fields=8
-        ).parse()
+        form = await MultiPartParser(request.headers, chunks, max_files=1, max_fields=8).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise refused(f"The form cannot be read: {error}.", None) from None
     try:
@@ -157,29 +163,36 @@ async def _upload(request: Request, batches: Batches, most: int) -> dict[str, An
             raise refused("The form has no `file`.", "file")
         if purpose != "batch":
             raise refused("The purpose must be `batch`.", "purpose")
-        return await _keep(file, batches)
+        filename = os.path.basename(file.filename or "")[:255] or "batch.jsonl"
+        return await batches.add_file(file.file, filename, "batch")
+    except ResourceError as error:
+        raise _full(error) from None
     finally:
         await form.close()
 
 
-async def _keep(file: UploadFile, batches: Batches) -> dict[str, Any]:
-    descriptor, path = tempfile.mkstemp(prefix="miaotui-upload-")
+async def _bounded(chunks: AsyncIterator[bytes], declared: str | None, most: int) -> AsyncGenerator[bytes, None]:
+    """The chunks, until they are more than a file of `most` bytes and its form, or one keeps us waiting.
+
+    `declared` is the content-length header. Raises ApiError 413 and 408.
+    """
+    size = int(declared) if declared is not None and declared.isdigit() else 0
     try:
-        with os.fdopen(descriptor, "wb") as to:
-            while chunk := await file.read(_COPY):
-                to.write(chunk)
-        return batches.add_file(Path(path), os.path.basename(file.filename or "batch.jsonl")[:255], "batch")
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
+        if size <= most + _FORM:
+            size = 0
+            while (chunk := await _soon(chunks)) is not None:
+                size += len(chunk)
+                if size > most + _FORM:
+                    break
+                yield chunk
+    except TimeoutError:
+        raise ApiError(408, f"Nothing of the file arrived for {BODY_TIMEOUT:g} s.") from None
+    if size > most + _FORM:
+        await discard(chunks)
+        message = f"The file has more than {most} bytes. Split it, or raise --max-file-bytes."
+        raise ApiError(413, message, code="file_too_large", headers={"connection": "close"})
 
 
-async def _bounded(chunks: AsyncIterator[bytes], most: int) -> AsyncGenerator[bytes, None]:
-    """The chunks, until they are more than a file of `most` bytes and its form. Raises ApiError 413."""
-    size = 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > most + 4096:
-            message = f"The file has more than {most} bytes. Split it, or raise --max-file-bytes."
-            raise ApiError(413, message, code="file_too_large", headers={"connection": "close"})
-        yield chunk
+async def _soon(chunks: AsyncIterator[bytes]) -> bytes | None:
+    async with asyncio.timeout(BODY_TIMEOUT):
+        return await anext(chunks, None)
