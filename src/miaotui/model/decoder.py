@@ -44,10 +44,15 @@ def forward(ops: Ops[B], spec: ModelSpec, weights: Weights) -> B:
     """Logits `[rows wanted, vocabulary]` for the step's tokens."""
     h = ops.embed(weights.embedding, scale=spec.embedding_scale)
     for index, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        h = _attention_block(ops, spec, index, layer, w, h)
-        h = _mlp_block(ops, spec, layer, w, h)
+        h = decoder_layer(ops, spec, index, layer, w, h)
     h = ops.norm(ops.select_rows(h), weights.norm)
     return ops.logits(h, weights.head, scale=spec.logits_scale, softcap=spec.logits_softcap)
+
+
+def decoder_layer(ops: Ops[B], spec: ModelSpec, index: int, layer: LayerSpec, w: LayerWeights, h: B) -> B:
+    """The residual stream after one layer."""
+    h = _attention_block(ops, spec, index, layer, w, h)
+    return _mlp_block(ops, spec, layer, w, h)
 
 
 def _attention_block(ops: Ops[B], spec: ModelSpec, index: int, layer: LayerSpec, w: LayerWeights, h: B) -> B:
