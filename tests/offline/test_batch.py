@@ -351,6 +351,7 @@ def test_ctrl_c_keeps_what_is_done(demo_gguf: Path, tmp_path: Path) -> None:
     body = {"model": str(demo_gguf), "temperature": 0, "ignore_eos": True, "max_tokens": 30}
     source.write_bytes(b"".join(_line(f"n{i}", prompt=f"Number {i} is", **body) for i in range(200)))
     command = [sys.executable, "-m", "miaotui.cli.main", "batch", str(source), str(output), "--model", str(demo_gguf)]
+    command += ["--max-num-seqs", "2"]  # so that it is far from done
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while _records(journal_of(output)) < 5:
         assert process.poll() is None
@@ -395,7 +396,7 @@ def test_what_decides_answers_must_stay(demo_gguf: Path, tmp_path: Path, capsys:
     output.unlink()
 
     found = look_at(source)
-    identity = _identity(_Asked(str(demo_gguf), ("m",), None, None, AUTO, ""))
+    identity = _identity(_Asked(str(demo_gguf), ("m",), None, None, None, AUTO, ""))
     with Journal(journal_of(output), {"input": found.sha256, **identity}, 2) as journal:
         journal.add(0, answered("a", 200, {"kept": True}))
     for more, cause in (
@@ -421,7 +422,7 @@ def test_killed_when_all_was_answered(demo_gguf: Path, tmp_path: Path, capsys: p
     """Before the output took its place, or after that and before the journal was removed: no model is needed."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(_line("a", prompt="x"))
-    identity = _identity(_Asked(str(demo_gguf), (str(demo_gguf),), None, None, AUTO, ""))
+    identity = _identity(_Asked(str(demo_gguf), (str(demo_gguf),), None, None, None, AUTO, ""))
     for there in (False, True):
         assert output.exists() is there
         with Journal(journal_of(output), {"input": look_at(source).sha256, **identity}, 1) as journal:

@@ -178,19 +178,19 @@ def test_a_question_is_answered_as_a_stream(address: str, visit: Open) -> None:
         .observe(document.querySelector('#turns'), { childList: true, subtree: true, characterData: true });
     }""")
     bodies = requests_of(page)
-    ask(page, tokens=40)
+    ask(page, tokens=80)
     reply = answered(page)
-    assert len(page.evaluate("[...window.lengths]")) > 5, "the answer came in one piece"
+    assert len(page.evaluate("[...window.lengths]")) > 2, "the answer came in one piece"
     assert page.locator("#empty").is_hidden()
     assert reply.locator(".answer").inner_text().strip()
     assert re.search(
-        r"[\d.]+ tokens/s.*first token [\d.]+ m?s.*40 tokens", reply.locator(".figures").inner_text(), re.S
+        r"[\d.]+ tokens/s.*first token [\d.]+ m?s.*80 tokens", reply.locator(".figures").inner_text(), re.S
     )
     assert "raised under Settings" in reply.locator(".figures").inner_text()
     assert page.locator("#said").text_content().startswith("Answer: ")
     (body,) = bodies
     assert body["messages"] == [{"role": "user", "content": QUESTION}]
-    assert (body["model"], body["stream"], body["max_tokens"], body["temperature"]) == ("demo", True, 40, 0.7)
+    assert (body["model"], body["stream"], body["max_tokens"], body["temperature"]) == ("demo", True, 80, 0.7)
     assert "seed" not in body
     assert page.evaluate("document.activeElement.id") == "question"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from miaotui.cli.load import load_for_chat
-from miaotui.cli.options import engine_options, take_engine
+from miaotui.cli.options import TOOL_CALL_PARSER, engine_options, take_engine
 from miaotui.errors import InterruptedWorkError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class _Asked:
     model: str
     names: tuple[str, ...]
     chat_template: str | None
+    tool_call_parser: str | None
     cache: Path | None
     engine: dict[str, Any]
     resume: str
@@ -53,6 +54,7 @@ class _Asked:
     "--served-model-name", multiple=True, help="What the lines call the model. Can be given again.  [default: MODEL]"
 )
 @click.option("--chat-template", help="A Jinja file, or the template itself, instead of the model's own.")
+@TOOL_CALL_PARSER
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -69,6 +71,7 @@ def command(
     model: str,
     served_model_name: tuple[str, ...],
     chat_template: str | None,
+    tool_call_parser: str | None,
     cache: Path | None,
     unordered: bool,
     restart: bool,
@@ -88,7 +91,8 @@ def command(
     from miaotui.offline.source import look_at
 
     resume = "Run the command again" + (" without --restart" if restart else "") + " to go on."
-    asked = _Asked(model, served_model_name or (model,), chat_template, cache, take_engine(options), resume)
+    names = served_model_name or (model,)
+    asked = _Asked(model, names, chat_template, tool_call_parser, cache, take_engine(options), resume)
     path = journal_of(output)
     _check_output(source, output, free=overwrite or (path.exists() and not restart))
     found = look_at(source)
@@ -129,6 +133,7 @@ def _identity(asked: _Asked) -> dict[str, str]:
         "model": open_checkpoint(resolve(asked.model)).fingerprint(),
         "model's name": json.dumps(asked.names),
         "chat template": json.dumps(template, sort_keys=True),
+        "tool call parser": json.dumps(asked.tool_call_parser),
         "way to compute": json.dumps(told, sort_keys=True),
     }
 
@@ -161,7 +166,10 @@ async def _run(
     from miaotui.serve.service import Service
     from miaotui.serve.settings import ServeSettings
 
-    service = Service(ServeSettings(served_model_names=asked.names, max_queue=_NO_BOUND))
+    settings = ServeSettings(
+        served_model_names=asked.names, max_queue=_NO_BOUND, tool_call_parser=asked.tool_call_parser
+    )
+    service = Service(settings)
     service.attach(llm)
     width = 2 * llm.engine.config.max_num_seqs  # so that whoever ends is followed at once
     model = f"{miaotui.__version__} {identity}"

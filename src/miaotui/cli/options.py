@@ -17,6 +17,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL = click.argument("model")
 
+TOOL_CALL_PARSER = click.option(
+    "--tool-call-parser",
+    type=click.Choice(["hermes", "llama3_json", "mistral"]),
+    help="How the model writes calls of tools.  [default: as its chat template says]",
+)
+
 
 class Size(click.ParamType[int]):
     """Bytes as a whole number, or with a unit of 1024: 512M, 1.5G."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from miaotui.cli.load import load_for_chat
-from miaotui.cli.options import MODEL, Size, engine_options, take_engine
+from miaotui.cli.options import MODEL, TOOL_CALL_PARSER, Size, engine_options, take_engine
 from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ _BATCH_SHARE = 4
     "--served-model-name", multiple=True, help="What requests call the model. Can be given again.  [default: MODEL]"
 )
 @click.option("--chat-template", help="A Jinja file, or the template itself, instead of the model's own.")
-@click.option(
-    "--tool-call-parser",
-    type=click.Choice(["hermes", "llama3_json", "mistral"]),
-    help="How the model writes calls of tools.  [default: as its chat template says]",
-)
+@TOOL_CALL_PARSER
 @click.option(
     "--max-queue",
     type=click.IntRange(min=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Generator
+from itertools import groupby
 from typing import TypeVar
 
 from miaotui.serve.openai.tool_calls.deltas import CallArguments, CallBegins, Content, Delta
@@ -28,7 +29,7 @@ class Reading:
 
     def __init__(self, names: Collection[str], new_id: Callable[[], str]) -> None:
         """`names` of the functions on offer; a call of another is no call."""
-        self.deltas: list[Delta] = []
+        self._told: list[Delta] = []
         self.held: list[str] = []
         self.calls = 0
         self.spoken = False
@@ -56,13 +57,13 @@ class Reading:
                 body = body.lstrip(SPACE)
             self._space = ""
             self.spoken, self._after_call = True, False
-            self._add(Content(lead + body))
+            self._told.append(Content(lead + body))
         self._space += text[len(text.rstrip(SPACE)) :]
 
     def say_rest(self) -> None:
         """Tell what waits, at the end of the text."""
         if self._space and not self._after_call:
-            self._add(Content(self._space))
+            self._told.append(Content(self._space))
         self._space = ""
 
     def settle(self) -> None:
@@ -73,23 +74,28 @@ class Reading:
     def begin(self, name: str) -> None:
         self._space = ""
         self._after_call = True
-        self._add(CallBegins(self.calls, self._new_id(), name))
+        self._told.append(CallBegins(self.calls, self._new_id(), name))
         self.calls += 1
         self.settle()
 
     def argue(self, text: str) -> None:
         if text:
-            self._add(CallArguments(self.calls - 1, text))
+            self._told.append(CallArguments(self.calls - 1, text))
             self.settle()
 
-    def _add(self, delta: Delta) -> None:
-        last = self.deltas[-1] if self.deltas else None
-        if isinstance(delta, Content) and isinstance(last, Content):
-            self.deltas[-1] = Content(last.text + delta.text)
-        elif isinstance(delta, CallArguments) and isinstance(last, CallArguments) and last.index == delta.index:
-            self.deltas[-1] = CallArguments(last.index, last.text + delta.text)
-        else:
-            self.deltas.append(delta)
+    def take(self) -> list[Delta]:
+        """What has been told since the last time, neighbours of a kind as one."""
+        told, self._told = self._told, []
+        deltas: list[Delta] = []
+        for kind, group in groupby(told, key=lambda delta: (type(delta), getattr(delta, "index", 0))):
+            if kind[0] is CallBegins:
+                deltas += group
+            elif kind[0] is Content:
+                deltas.append(Content("".join(delta.text for delta in group if isinstance(delta, Content))))
+            else:
+                text = "".join(delta.text for delta in group if isinstance(delta, CallArguments))
+                deltas.append(CallArguments(kind[1], text))
+        return deltas
 
     # -- reading -------------------------------------------------------------------------------------------
     def next(self) -> Reader[str]:
@@ -252,14 +258,14 @@ class ToolCallStream:
     def push(self, text: str) -> list[Delta]:
         """The deltas that this piece of the answer makes certain."""
         self._feed(deque([text]))
-        return self._take()
+        return self._reading.take()
 
     def finish(self) -> list[Delta]:
         """The rest, once no text will follow."""
         while not self._send(""):
             self._feed(deque([self._give_back()]))
         self._reading.say_rest()
-        return self._take()
+        return self._reading.take()
 
     def _feed(self, todo: deque[str]) -> None:
         """Send pieces of text, a character at a time where it matters."""
@@ -308,7 +314,3 @@ class ToolCallStream:
         self._reading.settle()
         self._reader = self._read(self._reading)
         next(self._reader)
-
-    def _take(self) -> list[Delta]:
-        deltas, self._reading.deltas = self._reading.deltas, []
-        return deltas
