@@ -150,6 +150,7 @@ class Solution(Protocol):
     """Of linears with static inputs: x ≈ scale · code."""
     kv_scales: Mapping[int, tuple[float, float]]
     """Of each layer's keys and values, where the cache is to be coded."""
+    kv_scheme: KvScheme
 
     def places(self) -> Sequence[Place]:
         """All that changed: coded weights, folded norms and biases."""
