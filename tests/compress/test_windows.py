@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="compression needs PyTorch")
+pytest.importorskip("torch", reason="compression needs PyTorch")
 pytest.importorskip("transformers", reason="the tiny models come from transformers")
+
+import torch
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.layers import layer_weights, read_layer, run_layer
