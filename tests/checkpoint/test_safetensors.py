@@ -130,28 +130,120 @@ def test_pack_quantized(
     np.testing.assert_array_equal(read.dense32(), tensor.dense32())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
-def test_what_the_package_compressed(tmp_path: Path, symmetric: bool, bits: int, form: str) -> None:
+def through_the_package(
+    form: str, weight: NDArray[np.float32], weights: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """What compressed-tensors stores of a matrix with its own scales, and what it reads of that again."""
     torch = pytest.importorskip("torch", reason="the oracle needs torch")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    weight = torch.from_numpy(random((16, 96)))
-    groups = weight.reshape(16, 3, 32)
+    args = QuantizationArgs(**weights)
+    input_args = QuantizationArgs(**inputs) if inputs else None
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=input_args)
+    strategy = weights["strategy"]
+    size = {"tensor": weight.size, "channel": weight.shape[1]}.get(strategy, args.group_size)
+    groups = torch.from_numpy(weight).reshape(1 if size == weight.size else weight.shape[0], -1, size)
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    if strategy == "tensor":
+        scale, zero = scale.reshape(1), zero.reshape(1)
     compressor = BaseCompressor.get_value_from_registry(form)
-    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    state = {"weight": torch.from_numpy(weight), "weight_scale": scale, "weight_zero_point": zero}
     stored = compressor.compress(dict(state), scheme)
-    expected = compressor.decompress(dict(stored), scheme)["weight"].numpy()
-    arrays = {f"m.{name}": value.numpy() for name, value in stored.items()}
-    config = compressed_config(form, num_bits=bits, symmetric=symmetric)
-    read = open_checkpoint(write_folder(tmp_path, arrays, config)).tensor("m.weight")
+    arrays = {
+        f"m.{name}": ("F8_E4M3", value.view(torch.uint8).numpy()) if value.dtype is torch.float8_e4m3fn
+        else value.numpy() for name, value in stored.items()
+    }  # fmt: skip
+    return arrays, compressor.decompress(dict(stored), scheme)["weight"].float().numpy()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_what_the_package_compressed(tmp_path: Path, symmetric: bool, bits: int, form: str) -> None:
+    """3, 5, 6 and 7 bits lie over the borders of words, in the rows of zero points (18 of them) too."""
+    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": 32}
+    arrays, expected = through_the_package(form, random((18, 96)), weights)
+    read = open_checkpoint(write_folder(tmp_path, arrays, compressed_config(form, **weights))).tensor("m.weight")
+    assert isinstance(read, GroupedTensor)
+    assert read.scheme.bits == bits
     np.testing.assert_allclose(read.dense32(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_package_reads_the_words_that_we_pack(bits: int, symmetric: bool) -> None:
+    torch = pytest.importorskip("torch", reason="the oracle needs torch")
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    tensor = round_to_nearest(random((18, 80)), QuantScheme(bits, 16, symmetric))
+    words, zeros = pack.compressed_words(tensor)
+    middle = 1 << (bits - 1)
+    codes = unpack_from_int32(torch.from_numpy(words), bits, torch.Size(tensor.shape)).numpy()
+    np.testing.assert_array_equal(codes.astype(np.int64) + middle, tensor.codes)
+    if not symmetric:
+        assert zeros is not None
+        points = unpack_from_int32(torch.from_numpy(zeros), bits, torch.Size(tensor.scale.shape), packed_dim=0)
+        np.testing.assert_array_equal(points.numpy().astype(np.int64) + middle, pack.zero_points(tensor))
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_float_quantized_equals_the_package(tmp_path: Path, strategy: str, dynamic: bool) -> None:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token" if dynamic else "tensor",
+              "dynamic": dynamic}  # fmt: skip
+    weight = random((6, 40))
+    weight[0, :4] = [1e-3, -2e-4, 0, 3e-6]  # subnormal and vanishing codes
+    arrays, expected = through_the_package("float-quantized", weight, weights, inputs)
+    config = compressed_config("float-quantized", **weights, group_size=None)
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    if not dynamic:
+        arrays["m.input_scale"] = np.array([0.02], np.float32)
+    checkpoint = open_checkpoint(write_folder(tmp_path, arrays, config))
+    assert checkpoint.names() == ["m.weight"]
+    np.testing.assert_array_equal(checkpoint.tensor("m.weight").dense32(), expected)
+
+
+def test_e4m3_means_what_torch_says() -> None:
+    torch = pytest.importorskip("torch", reason="the oracle needs torch")
+    every = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(every).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(pack.e4m3(every), expected)
+
+
+def test_scales_of_inputs_and_of_the_cache_are_read_past(tmp_path: Path) -> None:
+    """They are for engines that code activations so; the weights are the same without them."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
+    arrays, expected = through_the_package("int-quantized", random((6, 40)), weights, inputs)
+    arrays |= {"m.input_scale": np.array([0.02], np.float32), "m.input_zero_point": np.array([3], np.int8)}
+    config = compressed_config("int-quantized", **weights, group_size=None)
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    config["kv_cache_scheme"] = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
+    checkpoint = open_checkpoint(write_folder(tmp_path, arrays, config))
+    assert checkpoint.names() == ["m.weight"]
+    np.testing.assert_allclose(checkpoint.tensor("m.weight").dense32(), expected, rtol=1e-6)
+
+
+def test_widths_that_fit_two_schemes_are_not_guessed(tmp_path: Path) -> None:
+    tensor = round_to_nearest(random((4, 8)), QuantScheme(3, None, True))
+    config = compressed_config(num_bits=3, group_size=None, strategy="channel")
+    config["config_groups"]["group_1"] = compressed_config(group_size=None, strategy="channel")["config_groups"][
+        "group_0"
+    ]
+    folder = write_folder(tmp_path, packed_parts(tensor), config)
+    with pytest.raises(CheckpointError, match="1 words in a row of 8"):
+        open_checkpoint(folder).tensor("m.weight")
+
+
+def test_damaged_floats_are_named(tmp_path: Path) -> None:
+    config = compressed_config("float-quantized", num_bits=8, type="float", strategy="channel", group_size=None)
+    for weight, scale in (((3, 4), (3, 2)), ((3, 4), (2, 1)), ((4,), (4, 1)), ((), (1,))):
+        parts = {"m.weight": ("F8_E4M3", np.zeros(weight, np.uint8)), "m.weight_scale": np.ones(scale, np.float32)}
+        with pytest.raises(CheckpointError, match=r"m\.weight"):
+            open_checkpoint(write_folder(tmp_path, parts, config)).tensor("m.weight")
 
 
 def test_int_quantized_per_channel_with_dynamic_activations(tmp_path: Path) -> None:
@@ -190,19 +282,23 @@ def with_group(key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (compressed_config(type="float", num_bits=8), "float/8"),
+        (compressed_config(type="float", num_bits=8), r"weights\.strategy = 'group'"),
+        (compressed_config(type="float", strategy="tensor", group_size=None), r"weights\.num_bits = '4'"),
         (compressed_config("nvfp4-pack-quantized"), "nvfp4-pack-quantized"),
-        (compressed_config("float-quantized"), "float-quantized"),
         (compressed_config("marlin-24"), "marlin-24"),
         (compressed_config(strategy="block"), "block"),
-        (compressed_config(num_bits=3), "int/3"),
+        (compressed_config(num_bits=1), "int/1"),
+        (compressed_config(num_bits=9), "int/9"),
         (compressed_config(wavelets=1), "wavelets"),
         ({**compressed_config(), "hadamard": True}, "hadamard"),
         ({**compressed_config(), "transform_config": {"config_groups": {}}}, "transform_config"),
-        ({**compressed_config(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({**compressed_config(), "kv_cache_scheme": {"num_bits": 4}}, r"kv_cache_scheme\.num_bits"),
+        ({**compressed_config(), "kv_cache_scheme": {"strategy": "attn_head"}}, r"kv_cache_scheme\.strategy"),
         ({**compressed_config(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-        (with_group("input_activations", {"num_bits": 8, "type": "int", "dynamic": False}), "input_activations"),
-        (with_group("input_activations", {"num_bits": 8, "type": "float", "dynamic": True}), "input_activations"),
+        (with_group("input_activations", {"num_bits": 4, "dynamic": True}), r"input_activations\.num_bits"),
+        (with_group("input_activations", {"num_bits": 8, "strategy": "group"}), r"input_activations\.strategy"),
+        (with_group("input_activations", {"num_bits": 8, "dynamic": "local"}), r"input_activations\.dynamic"),
+        (with_group("input_activations", {"num_bits": 8, "wavelets": 1}), r"input_activations\.wavelets"),
         (with_group("output_activations", {"num_bits": 8}), "output_activations"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "fp8"}, "fp8"),

@@ -1,8 +1,8 @@
 """Quantised layouts in safetensors: which stored tensors make up one weight, and what they mean together.
 
-compressed-tensors (pack-quantized, int-quantized), GPTQ (v1, v2) and AWQ (GEMM). What a module is made of is told
-by the tensors that are there and their shapes; the configuration is checked for anything that would change the
-mathematics and is not understood.
+compressed-tensors (pack-quantized, int-quantized, float-quantized), GPTQ (v1, v2) and AWQ (GEMM). What a module is
+made of is told by the tensors that are there and their shapes; the configuration is checked for anything that would
+change the mathematics and is not understood.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def detect(config: Mapping[str, Any], folder: Path) -> Layout | None:
 def _refuse(key: str, value: Any) -> NoReturn:
     raise UnsupportedModelError(
         f"The model's quantization_config has {key} = {str(value)[:80]!r}, which is not supported.",
-        "Supported are compressed-tensors (pack-quantized and int-quantized integers), GPTQ and AWQ (gemm).",
+        "Supported are compressed-tensors (pack-, int- and float-quantized), GPTQ and AWQ (gemm).",
     )
 
 
@@ -162,14 +162,19 @@ _ARGS_KEYS = (
     "num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "observer",
     "observer_kwargs", "scale_dtype", "zp_dtype", "block_structure",
 )  # fmt: skip
-_FORMATS = (None, "pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense", "fakequant")
+_FORMATS = (
+    None, "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense",
+    "fakequant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CompressedTensors:
     """`weight_packed` words or an int8 `weight`, `weight_scale`, and what may come with them.
 
-    `schemes` are those of the configuration's groups: which of them a module has is told by its shapes.
+    `schemes` are those of the configuration's integer groups: which of them a module has is told by its shapes. What
+    says how activations or the KV cache may be coded (`input_scale`, `kv_cache_scheme`, `k_scale`, `v_scale`) is for
+    engines that code them so; ours has its own ways (`--compute`, `--kv-cache-dtype`), and reads past it.
     """
 
     schemes: tuple[QuantScheme, ...]
@@ -177,9 +182,11 @@ class CompressedTensors:
     @classmethod
     def parse(cls, config: dict[str, Any]) -> CompressedTensors:
         _only("", config, _TOP_KEYS)
-        for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+        for key in ("transform_config", "moe_sparsity_config"):
             if config.get(key):
                 _refuse(key, config[key])
+        if config.get("kv_cache_scheme"):
+            _check_bytes("kv_cache_scheme", config["kv_cache_scheme"], ("tensor",))
         sparsity = config.get("sparsity_config")
         if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
             _refuse("sparsity_config", sparsity)
@@ -191,7 +198,14 @@ class CompressedTensors:
         return cls(tuple(scheme for name, group in groups.items() for scheme in _schemes(name, group)))
 
     def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
-        extras = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+        extras = (
+            "weight_scale",
+            "weight_zero_point",
+            "weight_shape",
+            "weight_g_idx",
+            "input_scale",
+            "input_zero_point",
+        )
         found = _parts(entries, "weight_packed", extras)
         for weight, parts in _parts(entries, "weight", extras).items():
             if len(parts) > 1 and weight not in found:
@@ -204,6 +218,8 @@ class CompressedTensors:
         dtype, array = pieces["weight"]
         if dtype == "I8":
             return self._bytes(pieces)
+        if dtype == "F8_E4M3":
+            return self._floats(pieces)
         if dtype in ("F32", "F16", "BF16"):  # rounded, but stored as floats ("dense", "fakequant")
             return DenseTensor({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype], array)  # type: ignore[arg-type]
         raise Mismatch(f"its weight is {dtype}")
@@ -215,9 +231,10 @@ class CompressedTensors:
         if len(shape) != 2 or shape[0] != out or not 0 < shape[1] <= words * 32:
             raise Mismatch(f"its weight_shape is {shape} and its weight_packed's {packed.shape}")
         width = int(shape[1])
-        bits = next((s.bits for s in self.schemes if -(-width * s.bits // 32) == words), None)
-        if bits is None:
+        found = {s.bits for s in self.schemes if -(-width * s.bits // 32) == words}
+        if len(found) != 1:
             raise Mismatch(f"its weight_packed has {words} words in a row of {width}")
+        (bits,) = found
         scale, kind = self._scales(pieces, out)
         scheme = self._scheme(bits, width, scale.shape[1], kind)
         zeros = None
@@ -245,6 +262,14 @@ class CompressedTensors:
             zeros = np.broadcast_to(points.reshape(-1, scale.shape[1]), scale.shape).astype(np.int32) + middle
         return pack.with_zero_points(scheme, codes, scale, zeros)
 
+    def _floats(self, pieces: Pieces) -> Tensor:
+        """float-quantized: one e4m3 an element, a scale for each row."""
+        weight = _integers(pieces, "weight", 2, ("F8_E4M3",))
+        scale, _ = self._scales(pieces, weight.shape[0])
+        _same("weight_scale", scale.shape, (weight.shape[0], 1))
+        with np.errstate(invalid="ignore", over="ignore"):  # a damaged file's inf and nan stay what they are
+            return DenseTensor("float32", pack.e4m3(weight) * scale)
+
     def _scales(self, pieces: Pieces, out: int) -> Scale:
         """weight_scale as `[out, groups]`: `[1]` (whole tensor) and `[out]` are spread out."""
         scale, kind = _scale(pieces, "weight_scale")
@@ -267,19 +292,31 @@ def _schemes(name: str, group: Any) -> list[QuantScheme]:
         _refuse(f"{where}.format", group["format"])
     if group.get("output_activations"):
         _refuse(f"{where}.output_activations", group["output_activations"])
-    inputs = group.get("input_activations")
-    if inputs:
-        _only(f"{where}.input_activations", inputs, _ARGS_KEYS)
-        if inputs.get("type", "int") != "int" or inputs.get("dynamic") is not True:
-            _refuse(f"{where}.input_activations", {key: inputs.get(key) for key in ("type", "num_bits", "dynamic")})
+    if group.get("input_activations"):
+        _check_bytes(f"{where}.input_activations", group["input_activations"], ("tensor", "token"))
     weights = group.get("weights")
-    return [] if weights is None else [_weight_scheme(f"{where}.weights", weights)]
+    if weights is None:
+        return []
+    if isinstance(weights, dict) and weights.get("type") == "float":
+        _check_bytes(f"{where}.weights", weights, ("tensor", "channel"))
+        return []
+    return [_weight_scheme(f"{where}.weights", weights)]
+
+
+def _check_bytes(where: str, args: Any, strategies: tuple[str, ...]) -> None:
+    """Integers or floats of 8 bits, whose scales are spread in one of these ways."""
+    _only(where, args, _ARGS_KEYS)
+    understood = {"num_bits": (8,), "type": (None, "int", "float"), "strategy": (None, *strategies),
+                  "group_size": (None, -1), "dynamic": (None, False, True)}  # fmt: skip
+    for key, values in understood.items():
+        if args.get(key, values[0]) not in values:
+            _refuse(f"{where}.{key}", args[key])
 
 
 def _weight_scheme(where: str, args: Any) -> QuantScheme:
     _only(where, args, _ARGS_KEYS)
     bits, size, strategy = args.get("num_bits", 8), args.get("group_size"), args.get("strategy")
-    if args.get("type", "int") != "int" or bits not in pack.WORD_BITS or type(bits) is not int:
+    if args.get("type", "int") != "int" or bits not in pack.DENSE_BITS or type(bits) is not int:
         _refuse(f"{where}.type/num_bits", f"{args.get('type', 'int')}/{bits}")
     if args.get("dynamic"):
         _refuse(f"{where}.dynamic", args["dynamic"])

@@ -27,7 +27,7 @@ DTYPES: dict[str, tuple[int, str | None]] = {
     "F64": (64, "<f8"), "F32": (32, "<f4"), "F16": (16, "<f2"), "BF16": (16, "<u2"),
     "I64": (64, "<i8"), "I32": (32, "<i4"), "I16": (16, "<i2"), "I8": (8, "<i1"),
     "U64": (64, "<u8"), "U32": (32, "<u4"), "U16": (16, "<u2"), "U8": (8, "<u1"), "BOOL": (8, "<u1"),
-    "F8_E4M3": (8, None), "F8_E5M2": (8, None), "F8_E8M0": (8, None), "F8_E4M3FNUZ": (8, None),
+    "F8_E4M3": (8, "<u1"), "F8_E5M2": (8, None), "F8_E8M0": (8, None), "F8_E4M3FNUZ": (8, None),
     "F8_E5M2FNUZ": (8, None), "F6_E2M3": (6, None), "F6_E3M2": (6, None), "F4": (4, None), "C64": (64, None),
 }  # fmt: skip
 """The format's types: bits of one element, and the numpy type that holds it where we read it."""

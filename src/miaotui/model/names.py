@@ -55,7 +55,7 @@ HF = Names(
         "expert_in": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
         "expert_out": ("mlp.experts.{}.down_proj",),
     },
-    ignorable=("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias_mask"),
+    ignorable=("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias_mask", ".k_scale", ".v_scale"),
 )
 
 HF_MIXTRAL = HF.with_roles(

@@ -214,24 +214,37 @@ def _half_bytes(values: Floats) -> Bytes:
 
 # -- int32 words ---------------------------------------------------------------------------------------------
 WORD_BITS = (2, 4, 8)
-"""Code widths that fill an int32 without a remainder: what the word layouts here support."""
+"""Code widths that fill an int32 without a remainder: what GPTQ's layout is read in."""
+
+DENSE_BITS = (2, 3, 4, 5, 6, 7, 8)
+"""Code widths of compressed-tensors, whose codes lie end to end over the words of a row."""
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ's GEMM layout keeps element i of eight: in nibble AWQ_ORDER[i]."""
 
 
 def unpack_words(words: NDArray[np.int32], bits: int, count: int) -> Bytes:
-    """`[rows, words]` to `[rows, count]` codes; code i of a word lies at its bits `bits`·i …"""
+    """`[rows, words]` to `[rows, count]` codes; code i lies at bits `bits`·i … of its row, over words' borders too."""
     data = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return data[..., :count]
+    if 8 % bits:
+        stream = np.unpackbits(data, axis=-1, count=count * bits, bitorder="little")
+        return np.packbits(stream.reshape(*data.shape[:-1], count, bits), axis=-1, bitorder="little")[..., 0]
     return _flat(np.swapaxes(_fields(data, bits), -1, -2))[..., :count]
 
 
 def pack_words(codes: Bytes, bits: int) -> NDArray[np.int32]:
     """The inverse of `unpack_words`; the last word of a row is filled up with zeros."""
+    words = -(-codes.shape[-1] * bits // 32)
+    if 8 % bits:
+        stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        data = np.zeros((*codes.shape[:-1], words * 4), np.uint8)
+        packed = np.packbits(_flat(stream), axis=-1, bitorder="little")
+        data[..., : packed.shape[-1]] = packed
+        return data.view(np.int32)
     per_byte = 8 // bits
-    padded = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] * bits // 32) * 4 * per_byte), np.uint8)
+    padded = np.zeros((*codes.shape[:-1], words * 4 * per_byte), np.uint8)
     padded[..., : codes.shape[-1]] = codes
     data = padded[..., ::per_byte].copy()
     for i in range(1, per_byte):
@@ -343,3 +356,22 @@ def awq(qweight: NDArray[np.int32], qzeros: NDArray[np.int32], scale: Floats, sc
 def _awq_codes(words: NDArray[np.int32]) -> Bytes:
     nibbles = unpack_words(words, 4, words.shape[-1] * 8)
     return _flat(nibbles.reshape(*words.shape, 8)[..., AWQ_ORDER])
+
+
+# -- e4m3 ------------------------------------------------------------------------------------------------------
+def _e4m3_values() -> Floats:
+    """What each byte means as e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7f and 0xff are nan."""
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, (byte & 7).astype(np.float64)
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    size[(byte & 127) == 127] = np.nan
+    return np.where(byte > 127, -size, size).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
+
+
+def e4m3(data: Bytes) -> Floats:
+    """The numbers that these bytes are."""
+    values: Floats = _E4M3[data]
+    return values
