@@ -12,12 +12,12 @@ from functools import cached_property
 import numpy as np
 
 from miaotui.checkpoint.base import Checkpoint
-from miaotui.compress.types import Place
+from miaotui.compress.types import Place, Solution
 from miaotui.errors import CheckpointError
 from miaotui.model.names import Names
 from miaotui.model.spec import ModelSpec
 from miaotui.model.weights import halves
-from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
+from miaotui.quant.tensor import DenseTensor, Tensor
 
 NORMS = frozenset({"norm", "attention_norm", "attention_post_norm", "q_norm", "k_norm", "mlp_norm", "mlp_post_norm"})
 LINEARS = frozenset({"qkv", "out", "mlp_in", "mlp_out", "expert_in", "expert_out"})
@@ -114,5 +114,8 @@ def row_order(spec: ModelSpec, names: Names, place: Place) -> np.ndarray[tuple[i
     return halves(attention.heads if place.part == 0 else attention.kv_heads, attention.head_dim)
 
 
-def dense(tensor: Tensor) -> bool:
-    return not isinstance(tensor, (GroupedTensor, BlockTensor))
+def all_places(solution: Solution) -> list[Place]:
+    """Every place of an artefact: the original's, and a head that was tied and is now its own."""
+    found = list(Model(solution.source, solution.spec, solution.names).places())
+    known = set(found)
+    return found + [place for place in solution.places() if place not in known]
