@@ -52,7 +52,7 @@ def folder_config(solution: Solution, target: Target) -> dict[str, Any]:
     """
     _check_stacked(solution, target)
     if solution.source.format == "gguf":
-        config = _config_of_gguf(solution)
+        config = config_of_gguf(solution.source, solution.spec)
     else:
         config = {k: v for k, v in solution.source.config.items() if k != "quantization_config"}
     config["tie_word_embeddings"] = target.tied
@@ -181,12 +181,12 @@ def _args(**given: Any) -> dict[str, Any]:
     return {**given, "block_structure": None, "actorder": None, "observer": observer, "observer_kwargs": {}}
 
 
-def _config_of_gguf(solution: Solution) -> dict[str, Any]:
+def config_of_gguf(source: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """A config.json in transformers' vocabulary for a GGUF file's metadata.
 
     Raises UnsupportedModelError where transformers has no word for what the file says (Llama 3's rope as divisors).
     """
-    described = describe(solution.source)
+    described = describe(source)
     family, settings = described.family, dict(described.settings)
     if "divisors" in settings["rope_parameters"]:
         _unsaid("its rotary embedding is given by divisors")
@@ -196,10 +196,10 @@ def _config_of_gguf(solution: Solution) -> dict[str, Any]:
     if settings.get("rotary_dim") == settings.get("head_dim"):
         settings.pop("rotary_dim", None)
     named = {"architectures": [family.architectures[0]], "model_type": family.name, "dtype": "bfloat16"}
-    tokenizer = Tokenizer.from_checkpoint(solution.source)
-    ends = [*solution.spec.eos_token_ids, *tokenizer.eos_ids, None]
+    tokenizer = Tokenizer.from_checkpoint(source)
+    ends = [*spec.eos_token_ids, *tokenizer.eos_ids, None]
     made = {**named, **settings, "bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0]}
-    other = difference(solution.spec, spec_of_config(made))
+    other = difference(spec, spec_of_config(made))
     if other is not None:
         _unsaid(f"it would be read with another {other}")
     return made

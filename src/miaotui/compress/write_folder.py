@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
 from miaotui.compress.folder_config import Target, folder_config, target_of
 from miaotui.compress.places import NORMS, Model, all_places
 from miaotui.compress.types import Fp8Tensor, LinearScheme, Place, Solution
 from miaotui.model.chat import find_chat_templates
+from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 from miaotui.quant import pack
 from miaotui.quant.rounding import bfloat16_bits, to_scale_type
@@ -49,7 +51,7 @@ def write_folder(solution: Solution, folder: Path) -> None:
     loads = {piece.stored.name: piece.load for piece in pieces}
     write_sharded(folder, [piece.stored for piece in pieces], lambda name: loads[name]())
     write_json(folder / "config.json", config)
-    _write_assets(solution, folder)
+    write_assets(solution.source, solution.spec, folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +199,8 @@ def _as_type(values: NDArray[np.float32], kind: ScaleType) -> NDArray[Any]:
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------------------
-def _write_assets(solution: Solution, folder: Path) -> None:
-    source = solution.source
+def write_assets(source: Checkpoint, spec: ModelSpec, folder: Path) -> None:
+    """Tokenizer, chat template, generation settings and licence; made from the metadata where it was a GGUF file."""
     if source.format != "gguf":
         for name in ASSETS:
             asset = source.asset(name)
@@ -211,7 +213,7 @@ def _write_assets(solution: Solution, folder: Path) -> None:
     tokenizer = Tokenizer.from_checkpoint(source)
     (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    config |= {"clean_up_tokenization_spaces": False, "model_max_length": solution.spec.max_position}
+    config |= {"clean_up_tokenization_spaces": False, "model_max_length": spec.max_position}
     write_json(folder / "tokenizer_config.json", config)
     for name, text in find_chat_templates(source).items():
         where = folder / "chat_template.jinja"
