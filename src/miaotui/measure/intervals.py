@@ -42,7 +42,11 @@ class Estimate:
 
 def mean(groups: Sequence[Values]) -> Estimate:
     """The mean over tokens, windows being clusters (Cochran 1977, §9A, the ratio to size); Student's t interval."""
-    sums, sizes = _totals(groups)
+    return mean_of_sums(*_totals(groups))
+
+
+def mean_of_sums(sums: Values, sizes: Values) -> Estimate:
+    """`mean` where only each window's sum and number of tokens are known."""
     value = float(sums.sum() / sizes.sum())
     count = len(sums)
     if count < 2:

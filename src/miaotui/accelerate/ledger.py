@@ -1,0 +1,81 @@
+"""Actions of the search, each done once: what the journal has is told again, what it lacks is done and written down.
+
+So the search is straight-line code that can be killed anywhere. Its decisions depend on nothing but the results here,
+and on the seconds that the journal holds, not on a clock: run again, it takes the same path to where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from miaotui.accelerate.journal import Entry, Journal
+from miaotui.accelerate.space import Candidate
+from miaotui.accelerate.trial import (
+    Built,
+    Confirmation,
+    Duel,
+    Scores,
+    Workshop,
+    built_of,
+    confirmation_of,
+    duel_of,
+    scores_of,
+)
+from miaotui.compress.recipe import Recipe
+from miaotui.errors import DependencyError, InterruptedWorkError, MiaotuiError
+
+T = TypeVar("T")
+
+
+class FailedError(Exception):
+    """A candidate that could not be made or measured; the message is the sentence that says why."""
+
+
+class Ledger:
+    """`spent` counts the seconds of every action asked for so far, whenever it was done."""
+
+    def __init__(self, journal: Journal, workshop: Workshop, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._journal, self._workshop, self._clock = journal, workshop, clock
+        self.spent = 0.0
+        self._told: set[str] = set()
+        self.windows = workshop.windows
+
+    def build(self, recipe: Recipe) -> Built:
+        key = Candidate(recipe).weights_key
+        return self._once(f"build {key}", lambda: self._workshop.build(recipe), built_of)
+
+    def score(self, candidate: Candidate, windows: range) -> Scores:
+        action = f"score {candidate.answers_key} {windows.start}-{windows.stop}"
+        return self._once(action, lambda: self._workshop.score(candidate, windows), scores_of)
+
+    def duel(self, candidate: Candidate, rounds: int, turn: str) -> Duel:
+        """`turn` tells duels of one candidate apart."""
+        return self._once(f"duel {candidate.key} {turn}", lambda: self._workshop.duel(candidate, rounds), duel_of)
+
+    def confirm(self, candidate: Candidate) -> Confirmation:
+        return self._once(f"confirm {candidate.key}", lambda: self._workshop.confirm(candidate), confirmation_of)
+
+    def _once(self, action: str, perform: Callable[[], Any], parse: Callable[[Any], T]) -> T:
+        """Raises FailedError for a candidate that cannot be had; what would stop every candidate goes through."""
+        entry = self._journal.entries.get(action)
+        if entry is None:
+            entry = self._journal.add(action, self._perform(perform))
+        if action not in self._told:
+            self._told.add(action)
+            self.spent += entry.seconds
+        if entry.error is not None:
+            raise FailedError(entry.error[0])
+        return parse(entry.result)
+
+    def _perform(self, perform: Callable[[], Any]) -> Entry:
+        started = self._clock()
+        try:
+            result = asdict(perform())
+        except (DependencyError, InterruptedWorkError):
+            raise
+        except MiaotuiError as error:
+            return Entry(self._clock() - started, None, (error.message, error.hint))
+        return Entry(self._clock() - started, result)

@@ -1,0 +1,317 @@
+"""The search: propose → build → measure → keep. Cheap first, and every step once.
+
+screen    candidates in the order of the ceiling model, or as a sampler proposes where there are more than fit; the
+          first windows of text reject the hopeless, more are read until the floor is decided, the others are timed
+halve     those that keep the floor are timed again and again, the slower half leaving each time
+tune      the best weights are served in other ways: cache, threads, speculation, bounds of a batch
+confirm   the best is measured on text that nothing was chosen by, beside the original; if it fails, the next
+
+Straight-line code over a `Ledger`: what was done before a kill is told again. Two bounds save the rest of the work: a
+candidate is left out when a quicker method already keeps the floor with the same numbers, and when the ceiling model
+promises clearly less than it promised of one that keeps the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from miaotui.accelerate.attempt import Attempt, Plan
+from miaotui.accelerate.card import Floor
+from miaotui.accelerate.goals import gain_of_rounds
+from miaotui.accelerate.ledger import FailedError, Ledger
+from miaotui.accelerate.sample import Pick, Tried
+from miaotui.accelerate.space import METHODS, ORIGINAL, Candidate, Space
+from miaotui.accelerate.trial import Duel
+from miaotui.accelerate.wording import loss_sentence, percent, times
+from miaotui.hardware.sensors import BUSY
+
+SCREEN, HALVE, TUNE, CONFIRM = 0.5, 0.6, 0.75, 0.9
+"""Shares of the budget at which each stage takes up nothing new; what is left is for the last measurements."""
+FIRST_LOOK = 8
+"""Windows that reject the hopeless; then twice as many, and so on."""
+ROUNDS, TRIES = 3, 3
+"""Of a first duel; and how often it is repeated while others disturb it."""
+SLACK = 0.8
+"""The ceiling model may be so wrong about one candidate against another."""
+HOPELESS = 8
+"""Where even the low end of the loss is so many floors, no other method brings it back."""
+LEAST_GAIN = 1.02
+"""Less is not worth another artefact."""
+MOST_TUNED, MOST_CONFIRMED = 12, 3
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`winner` is confirmed; None: keep the original. `skipped`: what was left out, each with the reason."""
+
+    plan: Plan
+    winner: Attempt | None
+    attempts: tuple[Attempt, ...]
+    skipped: tuple[tuple[Candidate, str], ...]
+    spent: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def closest(self) -> Attempt | None:
+        """Of what did not win, the one that came nearest: the best of those that keep the floor, or the least loss."""
+        known = [a for a in self.attempts if a.ratio is not None and not a.won and not a.failed]
+        standing = [a for a in known if a.stands]
+        if standing:
+            return max(standing, key=lambda a: a.value)
+        return min(known, key=lambda a: a.ratio.value if a.ratio else 0.0, default=None)
+
+
+def search(
+    plan: Plan, space: Space, ledger: Ledger, gains: Callable[[Candidate], float], pick: Pick, tell: Tell
+) -> Outcome:
+    """Run it, or finish one that the ledger's journal has begun. `gains` is the ceiling model."""
+    return _Search(plan, space, ledger, gains, pick, tell).run()
+
+
+@dataclass
+class _Search:
+    plan: Plan
+    space: Space
+    ledger: Ledger
+    gains: Callable[[Candidate], float]
+    pick: Pick
+    tell: Tell
+    attempts: list[Attempt] = field(default_factory=list)
+    skipped: list[tuple[Candidate, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Outcome:
+        self._screen()
+        self._halve()
+        best = max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
+        tuned = self._tune(best)
+        winner = self._confirm(tuned, best)
+        disturbed = sum(a.disturbed for a in self.attempts)
+        if disturbed:
+            self.notes.append(
+                f"Other processes disturbed {disturbed} of {len(self.attempts)} trials, also when repeated."
+            )
+        return Outcome(
+            self.plan, winner, tuple(self.attempts), tuple(self.skipped), self.ledger.spent, tuple(self.notes)
+        )
+
+    # -- screen ------------------------------------------------------------------------------------------
+    def _screen(self) -> None:
+        ordered = sorted(self.space.weights, key=self._promise)
+        while ordered := self._worthwhile(ordered):
+            if self.attempts and not self._time_for_another(SCREEN):
+                self._leave(ordered, "the budget was spent on those that promised more")
+                return
+            ready = [c for c in ordered if not self._waits(c)] or ordered
+            chosen = self.pick(ready, self._tried(), fits=self._fits(SCREEN))
+            ordered.remove(chosen)
+            self._try(chosen, "screen")
+
+    def _promise(self, candidate: Candidate) -> tuple[float, int]:
+        """The highest predicted gain first, the quickest method first among equals."""
+        recipe = candidate.recipe
+        return -round(self.gains(candidate), 6), METHODS.index(recipe.method) if recipe else 0
+
+    def _worthwhile(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        kept = []
+        for candidate in candidates:
+            why = self._needless(candidate)
+            if why is None:
+                kept.append(candidate)
+            else:
+                self.skipped.append((candidate, why))
+        return kept
+
+    def _needless(self, candidate: Candidate) -> str | None:
+        """Why it cannot win any more; None while it can."""
+        promised = self.gains(candidate)
+        if promised < 1:
+            return f"at its ceiling it would be {promised:.2f}× the original"
+        for other in self.attempts:
+            why = self._settled_by(other, candidate)
+            if why is not None:
+                return why
+        best = max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
+        if best is not None and best.value > 1 and promised < SLACK * best.predicted:
+            return (
+                f"at the ceilings it promises {promised:.2f}× where {best.name} promised {best.predicted:.2f}×"
+                f" (and was measured at {best.value:.2f}×)"
+            )
+        return None
+
+    def _settled_by(self, other: Attempt, candidate: Candidate) -> str | None:
+        """What another method, or the same weights computed otherwise, already tells about it."""
+        mine, theirs = candidate.features(), other.candidate.features()
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        ratio = other.ratio
+        if ratio is None or other.failed:
+            return None
+        if differing == ["method"] and other.floor.holds:
+            return f"{other.name} keeps the floor with the same numbers, and runs as fast"
+        if differing == ["method"] and ratio.low is not None and ratio.low > 1 + HOPELESS * max(self.plan.floor, 0.005):
+            return f"{other.name} loses {percent(ratio.value - 1)}: no method brings that back"
+        if differing == ["compute"] and other.floor.holds:
+            return f"{other.name} keeps the floor with activations in int8"
+        if differing == ["compute"] and ratio.value > 1 + self.plan.floor + 0.01:
+            return f"{other.name} loses {percent(ratio.value - 1)}, far more than its activations can be blamed for"
+        return None
+
+    def _waits(self, candidate: Candidate) -> bool:
+        """Exact activations are of interest once coded ones have broken the floor."""
+        coded = candidate.served(compute="auto")
+        return candidate != coded and not any(a.candidate == coded for a in self.attempts)
+
+    # -- halve -------------------------------------------------------------------------------------------
+    def _halve(self) -> None:
+        """Twice the rounds and half the candidates each time."""
+        alive = sorted((a for a in self.attempts if a.stands), key=lambda a: -a.value)
+        rounds, turn = ROUNDS + 1, 1
+        while len(alive) > 1 and self._time(HALVE):
+            kept, left = alive[: -(-len(alive) // 2)], alive[-(-len(alive) // 2) :]
+            for attempt in left:
+                attempt.why = (
+                    attempt.why or f"{attempt.value:.2f}× the original, and {kept[0].name} {kept[0].value:.2f}×"
+                )
+            if len(kept) == 1 and turn > 1:
+                return
+            for attempt in kept:
+                self._guarded(attempt, partial(self._time_it, attempt, rounds, f"halve-{turn}"))
+                attempt.stage = "halve"
+            alive = sorted((a for a in kept if a.stands), key=lambda a: -a.value)
+            rounds, turn = 2 * rounds, turn + 1
+
+    # -- tune --------------------------------------------------------------------------------------------
+    def _tune(self, best: Attempt | None) -> Attempt | None:
+        """The best weights, or the original's when none keep the floor, served as suits this machine."""
+        base = ORIGINAL if best is None else best.candidate
+        remaining = [base.served(**_without_compute(serving.options())) for serving in self.space.servings]
+        incumbent, tuned = best, 0
+        while remaining and tuned < MOST_TUNED and self._time_for_another(TUNE):
+            chosen = self.pick(remaining, self._tried(base), fits=min(self._fits(TUNE), MOST_TUNED - tuned))
+            remaining.remove(chosen)
+            tuned += 1
+            found = self._try(chosen, "tune")
+            if found.stands and self._better(found, incumbent):
+                self._guarded(found, partial(self._time_it, found, ROUNDS + 1, "tune"))
+                if found.stands and self._better(found, incumbent):
+                    incumbent = found
+        for attempt in (a for a in self.attempts if a.stage == "tune" and a is not incumbent and not a.why):
+            against = "the default" if incumbent is None else incumbent.name
+            attempt.why = f"{attempt.value:.2f}× the original: not told to be better than {against}"
+        return incumbent
+
+    def _better(self, one: Attempt, incumbent: Attempt | None) -> bool:
+        """Whether all of its interval is above what is to be beaten."""
+        gain = one.gain
+        least = LEAST_GAIN if incumbent is None else incumbent.value
+        return gain is not None and gain.low is not None and gain.low > least
+
+    # -- confirm -----------------------------------------------------------------------------------------
+    def _confirm(self, tuned: Attempt | None, best: Attempt | None) -> Attempt | None:
+        others = sorted((a for a in self.attempts if a.stands and a.value > 1), key=lambda a: -a.value)
+        queue = list(dict.fromkeys(a for a in (tuned, best, *others) if a is not None and a.value > 1))
+        for turn, attempt in enumerate(queue[:MOST_CONFIRMED]):
+            if turn and not self._time(CONFIRM):
+                return None
+            self.tell(f"confirming {attempt.name}")
+            if self._guarded(attempt, partial(self._confirm_it, attempt)) and attempt.won:
+                return attempt
+        return None
+
+    def _confirm_it(self, attempt: Attempt) -> None:
+        attempt.stage = "confirm"
+        attempt.confirmation = found = self.ledger.confirm(attempt.candidate)
+        floor = Floor.of(self.plan.floor, found.ratio)
+        gain = gain_of_rounds(self.plan.goal, found.duel.before, found.duel.after)
+        if not floor.holds:
+            attempt.why = f"on text that nothing was chosen by it {loss_sentence(floor)}"
+        elif (gain.value if gain.low is None else gain.low) < LEAST_GAIN:
+            attempt.why = f"it keeps the floor, but is {times(gain)} the original: not faster for certain"
+        else:
+            attempt.won = True
+            attempt.why = f"{times(gain)} the original, and {loss_sentence(floor)}"
+
+    # -- one candidate -----------------------------------------------------------------------------------
+    def _try(self, candidate: Candidate, stage: str) -> Attempt:
+        attempt = Attempt(self.plan, candidate, self.gains(candidate), stage)
+        self.attempts.append(attempt)
+        self.tell(f"{stage} {len(self.attempts)}: {attempt.name}")
+        self._guarded(attempt, partial(self._examine, attempt))
+        return attempt
+
+    def _examine(self, attempt: Attempt) -> None:
+        recipe = attempt.candidate.recipe
+        if recipe is not None:
+            attempt.built = self.ledger.build(recipe)
+        if not attempt.exact:
+            for stop in looks(self.ledger.windows):
+                attempt.scores += self.ledger.score(attempt.candidate, range(len(attempt.scores), stop))
+                if attempt.floor.verdict != "undecided":
+                    break
+        if not attempt.floor.holds:
+            attempt.why = f"it {loss_sentence(attempt.floor)}"
+            return
+        self._time_it(attempt, ROUNDS, "first")
+
+    def _time_it(self, attempt: Attempt, rounds: int, turn: str) -> None:
+        """A duel, again while others disturb it; the least disturbed counts."""
+        found: Duel | None = None
+        for again in range(TRIES):
+            duel = self.ledger.duel(attempt.candidate, rounds, f"{turn}.{again}")
+            if found is None or duel.others < found.others:
+                found = duel
+            if duel.others < BUSY:
+                break
+            self.tell(f"other processes took {duel.others:.1f} cores: {attempt.name} is measured again")
+        assert found is not None
+        attempt.duel += found
+
+    def _guarded(self, attempt: Attempt, work: Callable[[], None]) -> bool:
+        """Do it; False when that cannot be done, which the attempt then says."""
+        before = self.ledger.spent
+        try:
+            work()
+        except FailedError as error:
+            attempt.failed, attempt.why = True, str(error)
+        attempt.seconds += self.ledger.spent - before
+        return not attempt.failed
+
+    # -- time --------------------------------------------------------------------------------------------
+    def _time(self, share: float) -> bool:
+        return self.ledger.spent < share * self.plan.budget
+
+    def _time_for_another(self, share: float) -> bool:
+        return self._fits(share) > 0
+
+    def _fits(self, share: float) -> int:
+        """How many attempts like those so far there is time for."""
+        if not self.attempts:
+            return int(self._time(share))
+        each = sum(a.seconds for a in self.attempts) / len(self.attempts)
+        left = share * self.plan.budget - self.ledger.spent
+        return max(0, int(left / each)) if each else len(self.space.weights) + len(self.space.servings)
+
+    def _tried(self, base: Candidate | None = None) -> list[Tried]:
+        """What a sampler may learn from; of the same weights when `base` is given."""
+        mine = (a for a in self.attempts if base is None or a.candidate.weights_key == base.weights_key)
+        return [tried for a in mine if (tried := a.tried()) is not None]
+
+    def _leave(self, candidates: Sequence[Candidate], why: str) -> None:
+        self.skipped += [(candidate, why) for candidate in candidates]
+
+
+def looks(windows: int) -> Iterator[int]:
+    """How many windows have been read at each look."""
+    stop = min(FIRST_LOOK, windows)
+    while stop < windows:
+        yield stop
+        stop *= 2
+    yield windows
+
+
+def _without_compute(options: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name != "compute"}

@@ -1,0 +1,102 @@
+"""What the original is, as far as a search must know: shapes, bytes, and whether it once was quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from miaotui.checkpoint import Checkpoint
+from miaotui.compress.places import LINEARS, Model
+from miaotui.measure.work import parameters, parameters_read
+from miaotui.model.families import read_spec
+from miaotui.model.spec import ModelSpec
+from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
+
+_GROUPS = (32, 64, 128)
+_ROWS = 64
+"""Rows of a matrix that are looked at."""
+_SHARE = 0.98
+"""Of the groups that must lie on a grid: a padded or a pruned one may look otherwise."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """`weight_bytes`: on disk; `step_bytes`: about what a step with one token reads of them.
+
+    `stored`: how the linears are kept. `grid`: the size of the groups within which they have at most 16 values, so that
+    int4 in such groups loses next to nothing; None for weights that were never so coarse.
+    """
+
+    spec: ModelSpec
+    format: str
+    weight_bytes: int
+    widths: tuple[int, ...]
+    stored: str
+    grid: int | None = None
+
+    @property
+    def step_bytes(self) -> int:
+        return self.weight_bytes * parameters_read(self.spec) // parameters(self.spec)
+
+    @property
+    def caveat(self) -> str | None:
+        """What a reader must know of a model that once was quantised."""
+        if self.grid is None:
+            return None
+        once = "are int4" if self.stored[:2] in ("Q4", "w4") else "were int4 once"
+        return (
+            f"The original's weights have at most 16 values in each group of {self.grid}: they {once}. Int4 in groups of"
+            f" {self.grid} is next to lossless for that reason, and would not be for weights that never were quantised."
+        )
+
+
+def examine(checkpoint: Checkpoint) -> Source:
+    """Look at headers, and at a few rows of a few matrices. Raises as `model.families.read_spec` does."""
+    spec, names = read_spec(checkpoint)
+    model = Model(checkpoint, spec, names)
+    widths: set[int] = set()
+    kinds: set[str] = set()
+    grids: list[int | None] = []
+    for tensor in _some_linears(model):
+        widths.add(tensor.shape[-1])
+        kinds.add(_kind(tensor))
+        grids.append(grid_of(tensor))
+    known = [grid for grid in grids if grid is not None]
+    grid = min(known) if known and len(known) == len(grids) else None
+    return Source(spec, checkpoint.format, checkpoint.nbytes, tuple(sorted(widths)), "/".join(sorted(kinds)), grid)
+
+
+def _some_linears(model: Model) -> Iterator[Tensor]:
+    """The linears of the first, the middle and the last layer."""
+    last = len(model.spec.layers) - 1
+    for place in model.places():
+        if place.role in LINEARS and not place.bias and place.layer in (0, last // 2, last) and not place.expert:
+            yield model.stored(place)
+
+
+def grid_of(tensor: Tensor) -> int | None:
+    """The largest group in which (nearly) every run of a row's weights has at most 16 values."""
+    values = tensor.rows(slice(0, _ROWS)).dense32()
+    found = None
+    for group in _GROUPS:
+        if values.shape[1] % group:
+            break
+        runs = np.sort(values.reshape(-1, group), axis=1)
+        distinct = 1 + (np.diff(runs, axis=1) != 0).sum(axis=1)
+        if (distinct <= 16).mean() < _SHARE or values.shape[1] < 2 * group:
+            break
+        found = group
+    return found
+
+
+def _kind(tensor: Tensor) -> str:
+    match tensor:
+        case BlockTensor():
+            return tensor.kind
+        case GroupedTensor():
+            return str(tensor.scheme)
+        case DenseTensor():
+            return tensor.type
+    raise AssertionError(f"no name for a {type(tensor).__name__}")
