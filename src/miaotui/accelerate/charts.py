@@ -1,0 +1,209 @@
+"""Where the marks of the report's charts stand. Numbers only: the template draws them, and escapes every word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from miaotui.accelerate.card import Card, Floor, Sensitivity, Trial
+from miaotui.measure.intervals import Estimate
+
+Kind = Literal["won", "front", "dominated", "broken"]
+Scale = Callable[[float], float]
+
+LEAST_KL = 1e-6
+"""What a KL of nothing is drawn as: the axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A trial: its place, the ends of its intervals, what it is, and what is told of it."""
+
+    trial: Trial
+    kind: Kind
+    x: float
+    y: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    label: bool
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Pixels of a drawing of `width` × `height`, its plot between `x0` and `x1`, and `y0` (above) and `y1`."""
+
+    width: int
+    height: int
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    marks: tuple[Mark, ...]
+    line: str
+    """The front as the points of a polyline."""
+    floor: float | None
+    """Where the floor lies: halfway between the last trial that holds it and the first that does not."""
+    baseline: float | None
+    more_is_better: bool
+
+
+def pareto(card: Card, width: int, height: int) -> Pareto | None:
+    """Speed against KL; None when less than one trial has both."""
+    trials = [trial for trial in card.search.trials if trial.speed is not None and trial.kl is not None]
+    if not trials:
+        return None
+    x0, x1, y0, y1 = 56.0, width - 18.0, 16.0, height - 50.0
+    speeds = [s.median for t in trials if (s := t.speed)]
+    if card.search.baseline is not None:
+        speeds.append(card.search.baseline.median)
+    low, high, step = _span(min(speeds), max(speeds), 4 if width < 500 else 7)
+    kls = [max(LEAST_KL, t.kl.value) for t in trials if t.kl]
+    least, most = math.log10(min(kls) / 1.5), math.log10(max(kls) * 1.5)
+
+    def across(value: float) -> float:
+        return x0 + (x1 - x0) * (min(max(value, low), high) - low) / (high - low)
+
+    def down(value: float) -> float:
+        share = (math.log10(max(value, LEAST_KL)) - least) / (most - least)
+        return y1 - (y1 - y0) * min(1.0, max(0.0, share))
+
+    front = card.search.front()
+    marks = [_mark(trial, front, card.floor, across, down) for trial in trials]
+    order = ("dominated", "broken", "front", "won")
+    boundary = _boundary(trials, card.floor)
+    baseline = card.search.baseline
+    return Pareto(
+        width, height, x0, x1, y0, y1,
+        tuple(Tick(across(low + i * step), f"{low + i * step:,g}") for i in range(round((high - low) / step) + 1)),
+        tuple(Tick(down(value), f"{value:g}") for value in _log_ticks(least, most)),
+        tuple(sorted(marks, key=lambda mark: order.index(mark.kind))),
+        _stairs([(mark.x, mark.y) for trial in front for mark in marks if mark.trial is trial]),
+        None if boundary is None else down(boundary),
+        None if baseline is None else across(baseline.median),
+        all(t.speed.better == "higher" for t in trials if t.speed),
+    )  # fmt: skip
+
+
+def _mark(trial: Trial, front: Sequence[Trial], floor: Floor, across: Scale, down: Scale) -> Mark:
+    assert trial.speed is not None
+    assert trial.kl is not None
+    kind: Kind = "front" if any(trial is one for one in front) else "dominated"
+    if trial.state == "won":
+        kind = "won"
+    elif breaks(trial, floor):
+        kind = "broken"
+    speed, kl = trial.speed, trial.kl
+    ends = (kl.value if end is None else end for end in (kl.high, kl.low))
+    top, bottom = (down(end) for end in ends)
+    x, y = across(speed.median), down(kl.value)
+    return Mark(trial, kind, x, y, across(speed.low), across(speed.high), top, bottom, kind == "won")
+
+
+def breaks(trial: Trial, floor: Floor) -> bool:
+    """Whether the trial's measured perplexity is over the floor."""
+    return trial.perplexity_ratio is not None and trial.perplexity_ratio.value > 1 + floor.loss
+
+
+def _boundary(trials: Sequence[Trial], floor: Floor) -> float | None:
+    """The KL between trials that hold the floor and those that do not; None where KL does not part them."""
+    known = [trial for trial in trials if trial.perplexity_ratio is not None]
+    held = [_value(trial.kl) for trial in known if not breaks(trial, floor)]
+    broken = [_value(trial.kl) for trial in known if breaks(trial, floor)]
+    if not held or not broken or max(held) >= min(broken):
+        return None
+    return math.sqrt(max(held) * min(broken))
+
+
+def _value(kl: Estimate | None) -> float:
+    assert kl is not None
+    return max(LEAST_KL, kl.value)
+
+
+def _stairs(points: Sequence[tuple[float, float]]) -> str:
+    """The front's edge: from a point across to the next one's speed, then up to it. What lies behind it is possible."""
+    path: list[tuple[float, float]] = []
+    for x, y in points:
+        if path:
+            path.append((path[-1][0], y))
+        path.append((x, y))
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
+
+
+def _span(low: float, high: float, most: int) -> tuple[float, float, float]:
+    """Round ends around both, and the step between ticks: 1, 2 or 5 times a power of ten, `most` steps or so."""
+    reach = (high - low) or abs(high) or 1.0
+    raw = 1.16 * reach / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    start = step * math.floor((low - 0.08 * reach) / step)
+    if low >= 0:
+        start = max(0.0, start)
+    return start, step * math.ceil((high + 0.08 * reach) / step), step
+
+
+def _log_ticks(least: float, most: float) -> list[float]:
+    """Powers of ten, with twice and five times each where there would be less than three."""
+    powers = range(math.floor(least), math.ceil(most) + 1)
+    factors = (1,) if most - least > 2.5 else (1, 3) if most - least > 1.2 else (1, 2, 5)
+    values = [factor * 10.0**power for power in powers for factor in factors]
+    return [value for value in values if least <= math.log10(value) <= most]
+
+
+# -- sensitivity -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Heat:
+    """A cell: `level` from 0 to 1 on a scale that all cells share; None where nothing was measured."""
+
+    layer: int
+    role: str
+    kl: float | None
+    level: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Rows by role, each over all layers; `totals` of each layer, and the largest values of both."""
+
+    schemes: tuple[str, ...]
+    layers: tuple[int, ...]
+    roles: tuple[tuple[str, tuple[Heat, ...]], ...]
+    totals: tuple[Heat, ...]
+    most: float
+    most_total: float
+
+
+def heat_map(found: Sequence[Sensitivity]) -> HeatMap | None:
+    """None without any."""
+    if not found:
+        return None
+    layers = tuple(sorted({one.layer for one in found}))
+    roles = tuple(dict.fromkeys(one.role for one in found))
+    values = {(one.layer, one.role): one.kl for one in found}
+    most = max(values.values()) or 1.0
+    sums = {layer: sum(values.get((layer, role), 0.0) for role in roles) for layer in layers}
+    largest = max(sums.values()) or 1.0
+
+    def heat(layer: int, role: str) -> Heat:
+        kl = values.get((layer, role))
+        return Heat(layer, role, kl, 0.0 if kl is None else max(0.0, kl / most))
+
+    return HeatMap(
+        tuple(dict.fromkeys(one.scheme for one in found)),
+        layers,
+        tuple((role, tuple(heat(layer, role) for layer in layers)) for role in roles),
+        tuple(Heat(layer, "all", kl, max(0.0, kl / largest)) for layer, kl in sums.items()),
+        most,
+        largest,
+    )
