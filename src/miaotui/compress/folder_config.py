@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from miaotui.checkpoint.base import Checkpoint
 from miaotui.compress.places import LINEARS, all_places
 from miaotui.compress.specs import difference
 from miaotui.compress.types import KEPT, LinearScheme, Place, Solution
 from miaotui.errors import UnsupportedModelError, UsageError
 from miaotui.model.families import describe, spec_of_config
 from miaotui.model.names import Names
+from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 from miaotui.quant.scheme import ScaleType
 
