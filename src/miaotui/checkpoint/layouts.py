@@ -1,8 +1,8 @@
 """Quantised layouts in safetensors: which stored tensors make up one weight, and what they mean together.
 
-compressed-tensors (pack-quantized, int-quantized, float-quantized), GPTQ (v1, v2) and AWQ (GEMM). What a module is
-made of is told by the tensors that are there and their shapes; the configuration is checked for anything that would
-change the mathematics and is not understood.
+compressed-tensors (pack-quantized, int-quantized, float-quantized, sparse-bitmask), GPTQ (v1, v2) and AWQ (GEMM). What
+a module is made of is told by the tensors that are there and their shapes; the configuration is checked for anything
+that would change the mathematics and is not understood.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from miaotui.checkpoint import files
 from miaotui.errors import UnsupportedModelError
 from miaotui.quant import pack
+from miaotui.quant.bitmask import Bitmask, from_bitmask
 from miaotui.quant.scheme import QuantScheme, ScaleType
-from miaotui.quant.tensor import DenseTensor, Tensor
+from miaotui.quant.tensor import DenseTensor, DenseType, Tensor
 
 Pieces = Mapping[str, tuple[str, NDArray[Any]]]
 """A weight's stored parts: suffix to (safetensors type, array)."""
@@ -65,14 +66,26 @@ def detect(config: Mapping[str, Any], folder: Path) -> Layout | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "compressed-tensors" and sparsity_format(quantization) == SPARSE:
+        return SparseBitmask.parse(quantization)
     layout = _LAYOUTS.get(method) if isinstance(method, str) else None
     return layout.parse(quantization) if layout else _refuse("quant_method", method)
+
+
+SPARSE = "sparse-bitmask"
+
+
+def sparsity_format(quantization: Mapping[str, Any]) -> str | None:
+    """How a compressed-tensors configuration says that zeros are left out; None where it does not."""
+    sparsity = quantization.get("sparsity_config")
+    form = sparsity.get("format") if isinstance(sparsity, dict) else None
+    return form if isinstance(form, str) else None
 
 
 def _refuse(key: str, value: Any) -> NoReturn:
     raise UnsupportedModelError(
         f"The model's quantization_config has {key} = {str(value)[:80]!r}, which is not supported.",
-        "Supported are compressed-tensors (pack-, int- and float-quantized), GPTQ and AWQ (gemm).",
+        "Supported are compressed-tensors (pack-, int- and float-quantized, sparse-bitmask), GPTQ and AWQ (gemm).",
     )
 
 
@@ -167,6 +180,9 @@ _FORMATS = (
     "fakequant",
 )  # fmt: skip
 
+_SPARSITY_KEYS = ("format", "targets", "ignore", "global_sparsity", "sparsity_structure")
+_DENSE: dict[str, DenseType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class CompressedTensors:
@@ -220,8 +236,8 @@ class CompressedTensors:
             return self._bytes(pieces)
         if dtype == "F8_E4M3":
             return self._floats(pieces)
-        if dtype in ("F32", "F16", "BF16"):  # rounded, but stored as floats ("dense", "fakequant")
-            return DenseTensor({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype], array)  # type: ignore[arg-type]
+        if dtype in _DENSE:  # rounded, but stored as floats ("dense", "fakequant")
+            return DenseTensor(_DENSE[dtype], array)
         raise Mismatch(f"its weight is {dtype}")
 
     def _packed(self, pieces: Pieces) -> Tensor:
@@ -325,6 +341,41 @@ def _weight_scheme(where: str, args: Any) -> QuantScheme:
     if size is not None and (type(size) is not int or size < -1 or size == 0):
         _refuse(f"{where}.group_size", size)
     return QuantScheme(bits, size if size and size > 0 else None, bool(args.get("symmetric", True)))
+
+
+# -- sparse --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SparseBitmask:
+    """compressed-tensors without its zeros: `compressed` values, the `bitmask` of where they stand, `row_offsets`."""
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> SparseBitmask:
+        _only("", config, _TOP_KEYS)
+        for key in ("config_groups", "kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+            if config.get(key):  # codes that are sparse too: nobody writes them any more
+                _refuse(key, config[key])
+        if config.get("format") not in _FORMATS:
+            _refuse("format", config["format"])
+        _only("sparsity_config", config["sparsity_config"], _SPARSITY_KEYS)
+        return cls()
+
+    def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
+        return _parts(entries, "bitmask", ("compressed", "row_offsets", "shape"))
+
+    def join(self, pieces: Pieces) -> Tensor:
+        mask, offsets = _integers(pieces, "bitmask", 2, ("U8",)), _integers(pieces, "row_offsets", 1, ("I64",))
+        shape = _integers(pieces, "shape", 1, ("I64",)).tolist()
+        if "compressed" not in pieces:
+            raise Mismatch("its compressed is missing")
+        dtype, values = pieces["compressed"]
+        if dtype not in _DENSE or values.ndim != 1:
+            raise Mismatch(f"its compressed is {dtype} of shape {values.shape}")
+        if len(shape) != 2 or shape[0] != len(mask) or shape[1] < 0 or -(-shape[1] // 8) != mask.shape[1]:
+            raise Mismatch(f"its shape is {shape} and its bitmask's {mask.shape}")
+        try:
+            return DenseTensor(_DENSE[dtype], from_bitmask(Bitmask(values, mask, offsets), shape[1]))
+        except ValueError as error:
+            raise Mismatch(str(error)) from error
 
 
 # -- GPTQ and AWQ --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.base import Checkpoint
+from miaotui.checkpoint.layouts import SPARSE, sparsity_format
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
 from miaotui.compress.places import Model
 from miaotui.compress.write_folder import ASSETS
@@ -56,7 +57,7 @@ def _quantised(checkpoint: Checkpoint) -> bool:
     if checkpoint.asset("quantize_config.json"):
         return True
     config = checkpoint.config.get("quantization_config")
-    return bool(config) and not (isinstance(config, Mapping) and not config.get("config_groups", True))
+    return bool(config) and not (isinstance(config, Mapping) and sparsity_format(config) == SPARSE)
 
 
 def dense_shapes(model: Model) -> dict[str, tuple[int, ...]]:
