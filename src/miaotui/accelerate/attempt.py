@@ -36,6 +36,8 @@ class Attempt:
     duel: Duel = field(default_factory=Duel)
     confirmation: Confirmation | None = None
     failed: bool = False
+    refuted: bool = False
+    """Whether text that nothing was chosen by has shown that these answers lose too much."""
     won: bool = False
     why: str = ""
     seconds: float = 0.0
@@ -85,9 +87,14 @@ class Attempt:
         return self.duel.others >= BUSY
 
     @property
+    def holds(self) -> bool:
+        """Whether it keeps the floor as far as is known."""
+        return self.floor.holds and not self.refuted
+
+    @property
     def stands(self) -> bool:
         """Whether it may win: it keeps the floor and was measured."""
-        return not self.failed and self.floor.holds and self.gain is not None
+        return not self.failed and self.holds and self.gain is not None
 
     def tried(self) -> Tried | None:
         """What a sampler learns from it: an attempt without a duel is only known to break the floor."""
@@ -95,4 +102,7 @@ class Attempt:
         if self.failed or ratio is None:
             return None
         high = ratio.value if ratio.high is None else ratio.high
-        return Tried(self.candidate, self.value or self.predicted, high - 1 - self.plan.floor)
+        excess = high - 1 - self.plan.floor
+        return Tried(
+            self.candidate, self.value or self.predicted, max(excess, self.plan.floor) if self.refuted else excess
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from miaotui.accelerate.card import Card, Floor, Sensitivity, Trial
@@ -24,6 +24,16 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Label:
+    """A mark's name: below it and to the right, where nothing better lies; flush with the plot where that is full."""
+
+    x: float
+    y: float
+    anchor: Literal["start", "end"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Mark:
     """A trial: its place, the ends of its intervals, what it is, and what is told of it."""
 
@@ -35,7 +45,7 @@ class Mark:
     right: float
     top: float
     bottom: float
-    label: bool
+    label: Label | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ def pareto(card: Card, width: int, height: int) -> Pareto | None:
 
     front = card.search.front()
     marks = [_mark(trial, front, card.floor, across, down) for trial in trials]
+    marks = [replace(mark, label=_label(mark, x0, x1)) if mark.kind == "won" else mark for mark in marks]
     order = ("dominated", "broken", "front", "won")
     boundary = _boundary(trials, card.floor)
     baseline = card.search.baseline
@@ -108,7 +119,21 @@ def _mark(trial: Trial, front: Sequence[Trial], floor: Floor, across: Scale, dow
     ends = (kl.value if end is None else end for end in (kl.high, kl.low))
     top, bottom = (down(end) for end in ends)
     x, y = across(speed.median), down(kl.value)
-    return Mark(trial, kind, x, y, across(speed.low), across(speed.high), top, bottom, kind == "won")
+    return Mark(trial, kind, x, y, across(speed.low), across(speed.high), top, bottom, None)
+
+
+def _label(mark: Mark, x0: float, x1: float) -> Label:
+    most = int((x1 - x0) / _LETTER)
+    name = mark.trial.name
+    text = name if len(name) <= most else f"{name[: most - 1]}…"
+    start = mark.x + 12
+    if start + _LETTER * len(text) <= x1:
+        return Label(start, mark.y + 22, "start", text)
+    return Label(x1, mark.y + 26, "end", text)
+
+
+_LETTER = 8.0
+"""Pixels of a letter, on the safe side."""
 
 
 def breaks(trial: Trial, floor: Floor) -> bool:
@@ -132,7 +157,7 @@ def _value(kl: Estimate | None) -> float:
 
 
 def _stairs(points: Sequence[tuple[float, float]]) -> str:
-    """The front's edge: from a point across to the next one's speed, then up to it. What lies behind it is possible."""
+    """The front's edge: from a point up to the next one's KL, then across to it. What lies above and left is beaten."""
     path: list[tuple[float, float]] = []
     for x, y in points:
         if path:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from miaotui.accelerate import charts, rows
-from miaotui.accelerate.card import Card, Profile, Trial
+from miaotui.accelerate.card import Card, Profile, Speed, Trial
 from miaotui.accelerate.words import CHINESE
 from miaotui.checkpoint.write import atomic_file
 
@@ -66,11 +66,13 @@ _STATES = ("won", "measured", "rejected", "failed")
 def heroes(card: Card) -> list[tuple[str, str, str, str]]:
     """The figures that stand large: (figure, what it is, a detail, a mood: good, bad or none)."""
     found = []
-    pair = {regime.regime: (regime, after) for regime, after in card.speed.pairs() if regime and after}
-    if card.search.regime in pair:
-        before, after = pair[card.search.regime]
-        plain = rows.number(before.median), rows.number(after.median)
-        found.append((rows.times(after.gain(before)), "as fast", f"{plain[0]} → {plain[1]} {after.unit}", "good"))
+    pair = regime_of(card)
+    if pair is not None:
+        before, after = pair
+        plain = f"{rows.number(before.median)} → {rows.number(after.median)} {after.unit}"
+        gain = after.gain(before)
+        words = "less memory" if after.unit == "MB" else "as fast"
+        found.append((rows.times(gain), words, f"{after.regime}: {plain}", "good" if gain > 1 else "bad"))
     if card.floor.ratio is not None and not card.artefact.kept_original:
         change = rows.change_of(card.floor.ratio)
         mood = {"holds": "", "broken": "bad", "undecided": ""}[card.floor.verdict]
@@ -83,6 +85,16 @@ def heroes(card: Card) -> list[tuple[str, str, str, str]]:
     spent = f"{card.search.spent / 60:.1f} / {card.search.budget / 60:.1f} min"
     found.append((str(len(card.search.trials)), "recipes tried", spent, ""))
     return found
+
+
+def regime_of(card: Card) -> tuple[Speed, Speed] | None:
+    """Before and after in the regime that was asked for, or in the one that its goal is about."""
+    pairs = {before.regime: (before, after) for before, after in card.speed.pairs() if before and after}
+    names = (card.search.regime, _OF_GOAL.get(card.search.goal, ""), "decode-1@512", *pairs)
+    return next((pairs[name] for name in names if name in pairs), None)
+
+
+_OF_GOAL = {"latency": "decode-1@512", "throughput": "throughput-64", "memory": "peak-memory"}
 
 
 def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -201,6 +213,6 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         t=both, ts=lambda text: both(text, "tspan"), explained=explained, tip=tip, bars=bars, seconds=seconds,
-        number=rows.number, size=rows.size, times=rows.times, percent=rows.percent, told=_told, change_of=rows.change_of,
+        number=rows.number, size=rows.size, times=rows.times, percent=rows.percent, change_of=rows.change_of,
     )  # fmt: skip
     return environment

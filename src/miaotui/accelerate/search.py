@@ -6,6 +6,8 @@ halve     those that keep the floor are timed again and again, the slower half l
 tune      the best weights are served in other ways: cache, threads, speculation, bounds of a batch
 confirm   the best is measured on text that nothing was chosen by, beside the original; if it fails, the next
 
+When that text refutes all that stood, what was left out because of them is looked at after all.
+
 Straight-line code over a `Ledger`: what was done before a kill is told again. Two bounds save the rest of the work: a
 candidate is left out when a quicker method already keeps the floor with the same numbers, and when the ceiling model
 promises clearly less than it promised of one that keeps the floor.
@@ -13,7 +15,7 @@ promises clearly less than it promised of one that keeps the floor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -59,10 +61,11 @@ class Outcome:
     def closest(self) -> Attempt | None:
         """Of what did not win, the one that came nearest: the best of those that keep the floor, or the least loss."""
         known = [a for a in self.attempts if a.ratio is not None and not a.won and not a.failed]
-        standing = [a for a in known if a.stands]
-        if standing:
+        standing = [a for a in known if a.stands and a.value > 1]
+        recipes = [a for a in known if a.candidate.recipe is not None and not a.stands]
+        if standing and (self.winner is not None or not recipes):
             return max(standing, key=lambda a: a.value)
-        return min(known, key=lambda a: a.ratio.value if a.ratio else 0.0, default=None)
+        return min(recipes or known, key=lambda a: a.ratio.value if a.ratio else 0.0, default=None)
 
 
 def search(
@@ -85,11 +88,10 @@ class _Search:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Outcome:
-        self._screen()
-        self._halve()
-        best = max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
-        tuned = self._tune(best)
-        winner = self._confirm(tuned, best)
+        winner = self._pass(SCREEN)
+        while winner is None and self._screened_by_refuted() and self._time(CONFIRM):
+            winner = self._pass(CONFIRM)
+        self._explain()
         disturbed = sum(a.disturbed for a in self.attempts)
         if disturbed:
             self.notes.append(
@@ -99,15 +101,47 @@ class _Search:
             self.plan, winner, tuple(self.attempts), tuple(self.skipped), self.ledger.spent, tuple(self.notes)
         )
 
+    def _pass(self, screening: float) -> Attempt | None:
+        """All stages once; `screening` is the share of the budget until which new weights are looked at."""
+        self._screen(screening)
+        self._halve()
+        best = self._best()
+        return self._confirm(self._tune(best), best)
+
+    def _best(self) -> Attempt | None:
+        return max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
+
+    def _screened_by_refuted(self) -> bool:
+        """Whether something was left out that a refuted attempt stood in the way of."""
+        untried = self._untried()
+        return any(a.refuted for a in self.attempts) and bool(self._worthwhile(untried))
+
+    def _explain(self) -> None:
+        """A reason for all that stood and were not needed."""
+        winner = next((a for a in self.attempts if a.won), None)
+        for attempt in self.attempts:
+            if not attempt.why:
+                other = "" if winner is None else f", and {winner.name} {winner.value:.2f}×"
+                attempt.why = f"{attempt.value:.2f}× the original{other}"
+
     # -- screen ------------------------------------------------------------------------------------------
-    def _screen(self) -> None:
-        ordered = sorted(self.space.weights, key=self._promise)
+    def _untried(self) -> list[Candidate]:
+        return sorted(self._new(self.space.weights), key=self._promise)
+
+    def _new(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Those that were not tried."""
+        tried = {attempt.candidate.key for attempt in self.attempts}
+        return [candidate for candidate in candidates if candidate.key not in tried]
+
+    def _screen(self, share: float) -> None:
+        self.skipped.clear()
+        ordered = self._untried()
         while ordered := self._worthwhile(ordered):
-            if self.attempts and not self._time_for_another(SCREEN):
+            if self.attempts and not self._time_for_another(share):
                 self._leave(ordered, "the budget was spent on those that promised more")
                 return
             ready = [c for c in ordered if not self._waits(c)] or ordered
-            chosen = self.pick(ready, self._tried(), fits=self._fits(SCREEN))
+            chosen = self.pick(ready, self._tried(), fits=self._fits(share))
             ordered.remove(chosen)
             self._try(chosen, "screen")
 
@@ -150,11 +184,11 @@ class _Search:
         ratio = other.ratio
         if ratio is None or other.failed:
             return None
-        if differing == ["method"] and other.floor.holds:
+        if differing == ["method"] and other.holds:
             return f"{other.name} keeps the floor with the same numbers, and runs as fast"
         if differing == ["method"] and ratio.low is not None and ratio.low > 1 + HOPELESS * max(self.plan.floor, 0.005):
             return f"{other.name} loses {percent(ratio.value - 1)}: no method brings that back"
-        if differing == ["compute"] and other.floor.holds:
+        if differing == ["compute"] and other.holds:
             return f"{other.name} keeps the floor with activations in int8"
         if differing == ["compute"] and ratio.value > 1 + self.plan.floor + 0.01:
             return f"{other.name} loses {percent(ratio.value - 1)}, far more than its activations can be blamed for"
@@ -179,7 +213,7 @@ class _Search:
             if len(kept) == 1 and turn > 1:
                 return
             for attempt in kept:
-                self._guarded(attempt, partial(self._time_it, attempt, rounds, f"halve-{turn}"))
+                self._guarded(attempt, partial(self._time_it, attempt, rounds))
                 attempt.stage = "halve"
             alive = sorted((a for a in kept if a.stands), key=lambda a: -a.value)
             rounds, turn = 2 * rounds, turn + 1
@@ -188,7 +222,7 @@ class _Search:
     def _tune(self, best: Attempt | None) -> Attempt | None:
         """The best weights, or the original's when none keep the floor, served as suits this machine."""
         base = ORIGINAL if best is None else best.candidate
-        remaining = [base.served(**_without_compute(serving.options())) for serving in self.space.servings]
+        remaining = self._new(base.served(**_without_compute(s.options())) for s in self.space.servings)
         incumbent, tuned = best, 0
         while remaining and tuned < MOST_TUNED and self._time_for_another(TUNE):
             chosen = self.pick(remaining, self._tried(base), fits=min(self._fits(TUNE), MOST_TUNED - tuned))
@@ -196,7 +230,7 @@ class _Search:
             tuned += 1
             found = self._try(chosen, "tune")
             if found.stands and self._better(found, incumbent):
-                self._guarded(found, partial(self._time_it, found, ROUNDS + 1, "tune"))
+                self._guarded(found, partial(self._time_it, found, ROUNDS + 1))
                 if found.stands and self._better(found, incumbent):
                     incumbent = found
         for attempt in (a for a in self.attempts if a.stage == "tune" and a is not incumbent and not a.why):
@@ -214,9 +248,13 @@ class _Search:
     def _confirm(self, tuned: Attempt | None, best: Attempt | None) -> Attempt | None:
         others = sorted((a for a in self.attempts if a.stands and a.value > 1), key=lambda a: -a.value)
         queue = list(dict.fromkeys(a for a in (tuned, best, *others) if a is not None and a.value > 1))
-        for turn, attempt in enumerate(queue[:MOST_CONFIRMED]):
-            if turn and not self._time(CONFIRM):
+        confirmed = 0
+        for attempt in queue:
+            if attempt.confirmation is not None or attempt.refuted:
+                continue
+            if confirmed == MOST_CONFIRMED or (confirmed and not self._time(CONFIRM)):
                 return None
+            confirmed += 1
             self.tell(f"confirming {attempt.name}")
             if self._guarded(attempt, partial(self._confirm_it, attempt)) and attempt.won:
                 return attempt
@@ -229,6 +267,8 @@ class _Search:
         gain = gain_of_rounds(self.plan.goal, found.duel.before, found.duel.after)
         if not floor.holds:
             attempt.why = f"on text that nothing was chosen by it {loss_sentence(floor)}"
+            for other in self.attempts:
+                other.refuted |= other.candidate.answers_key == attempt.candidate.answers_key
         elif (gain.value if gain.low is None else gain.low) < LEAST_GAIN:
             attempt.why = f"it keeps the floor, but is {times(gain)} the original: not faster for certain"
         else:
@@ -255,13 +295,13 @@ class _Search:
         if not attempt.floor.holds:
             attempt.why = f"it {loss_sentence(attempt.floor)}"
             return
-        self._time_it(attempt, ROUNDS, "first")
+        self._time_it(attempt, ROUNDS)
 
-    def _time_it(self, attempt: Attempt, rounds: int, turn: str) -> None:
+    def _time_it(self, attempt: Attempt, rounds: int) -> None:
         """A duel, again while others disturb it; the least disturbed counts."""
         found: Duel | None = None
         for again in range(TRIES):
-            duel = self.ledger.duel(attempt.candidate, rounds, f"{turn}.{again}")
+            duel = self.ledger.duel(attempt.candidate, rounds, f"{len(attempt.duel)}.{again}")
             if found is None or duel.others < found.others:
                 found = duel
             if duel.others < BUSY:

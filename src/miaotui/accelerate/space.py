@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -60,12 +61,12 @@ class Candidate:
     recipe: Recipe | None
     serving: Serving = DEFAULT
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names it in the journal: the same for the same candidate, always."""
         return _digest({"recipe": self.weights_key, "serving": asdict(self.serving)})
 
-    @property
+    @cached_property
     def weights_key(self) -> str:
         """The same for the same weights."""
         return "original" if self.recipe is None else _digest(self.recipe.plain())

@@ -38,8 +38,9 @@ CHINESE = {
     "nats": "奈特",
     "J/token": "焦/词元",
     # figures
-    "as fast": "倍速度",
-    "smaller": "缩小",
+    "as fast": "速度",
+    "less memory": "内存节省",
+    "smaller": "体积缩小",
     "recipes tried": "个配方试过",
     "floor": "底线",
     "holds": "守住",

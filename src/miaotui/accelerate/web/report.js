@@ -52,7 +52,7 @@ addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden 
 const copy = document.querySelector(".copy");
 if (copy && navigator.clipboard) {
   copy.hidden = false;
-  copy.addEventListener("click", () => navigator.clipboard.writeText(copy.parentElement.querySelector("code").textContent).then(() => {
+  copy.addEventListener("click", () => navigator.clipboard.writeText(document.querySelector(".code code").textContent).then(() => {
     copy.classList.add("done");
     copy.textContent = "✓";
   }, () => { copy.hidden = true; }));
