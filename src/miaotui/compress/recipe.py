@@ -154,18 +154,20 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether any step looks at activations."""
-        static = any(parse_scheme(s).inputs.endswith("-static") for s in (self.scheme, *self._other_schemes()))
         blind = {"rtn", "hqq", "fp8", "rotate"}
         return (
-            static
+            self.has_static_inputs
             or self.budget is not None
             or self.kv_cache != "none"
             or any(step not in blind for step in self.steps)
             or self.options.get("rtn", {}).get("fit") == "output"
         )
 
-    def _other_schemes(self) -> Iterable[str]:
-        return (override.scheme for override in self.overrides)
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether any linear's inputs have one scale for all tokens."""
+        schemes = (self.scheme, *(override.scheme for override in self.overrides))
+        return any(parse_scheme(scheme).inputs.endswith("-static") for scheme in schemes)
 
     def scheme_of(self, name: str, scale_type: ScaleType) -> LinearScheme:
         """How the linear of that name (without `.weight`) is stored."""

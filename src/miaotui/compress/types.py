@@ -109,7 +109,9 @@ class LinearGroup:
 class Layer:
     """One decoder layer, as torch tensors that a method may replace in place.
 
-    groups by role (`expert_in.3` for an expert's); norms by role, effective (any offset added).
+    groups by role (`expert_in.3` for an expert's); norms by role, effective (any offset added). key_peaks, value_peaks:
+    largest |x| of each channel of the cache in calibration. changed: places, beside the coded linears, that a method
+    gave new values.
     """
 
     index: int
@@ -118,6 +120,9 @@ class Layer:
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
     norm_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     router: torch.Tensor | None = None
+    key_peaks: torch.Tensor | None = None
+    value_peaks: torch.Tensor | None = None
+    changed: set[Place] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
