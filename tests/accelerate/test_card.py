@@ -29,10 +29,16 @@ def test_a_card_is_the_same_after_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_beside_a_file_of_weights(tmp_path: Path) -> None:
-    weights = tmp_path / "model.gguf"
+    weights = tmp_path / "fast.gguf"
+    assert write(make_card(), weights) == tmp_path / "fast.card.json"
     weights.touch()
+    assert find(weights) == tmp_path / "fast.card.json"
+    (tmp_path / "other.gguf").touch()
     write(make_card(), tmp_path)
-    assert find(weights) == tmp_path / "card.json"
+    with pytest.raises(CheckpointError, match=r"There is no .*other\.card\.json"):
+        find(tmp_path / "other.gguf")
+    weights.unlink()
+    assert find(tmp_path / "other.gguf") == tmp_path / "card.json"
 
 
 def changed(*path: str | int, **to: Any) -> dict[str, Any]:
@@ -81,8 +87,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_no_card(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.json"):
-        with pytest.raises(CheckpointError, match="There is no"):
+    with pytest.raises(CheckpointError, match=r"There is no .*card\.json"):
+        read(tmp_path)
+    for path in (tmp_path / "absent", tmp_path / "absent.json", tmp_path / "absent.gguf"):
+        with pytest.raises(CheckpointError, match="is not there"):
             read(path)
 
 

@@ -193,7 +193,7 @@ def test_it_fits_and_is_drawn(visit: Callable[..., Any], tmp_path: Path, width: 
 
 def test_a_mark_tells_its_figures(visit: Callable[..., Any]) -> None:
     page = visit(make_card())
-    page.locator("svg.pareto.wide .mark.won .reach").hover()
+    page.locator("svg.pareto.wide circle.won").hover()
     tip = page.locator("#tip")
     assert tip.is_visible()
     assert all(text in tip.inner_text() for text in ("w4g32-sym gptq", "262", "0.00680", "The fastest that holds"))

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from miaotui.checkpoint.beside import CARD, beside, find_beside
 from miaotui.checkpoint.write import write_json
 from miaotui.compress.recipe import from_plain
 from miaotui.errors import CheckpointError, MiaotuiError
 from miaotui.measure.intervals import Estimate
 
 SCHEMA_VERSION = 1
-FILE = "card.json"
 
 FloorVerdict = Literal["holds", "broken", "undecided"]
 TrialState = Literal["won", "measured", "rejected", "failed"]
@@ -378,15 +378,15 @@ class Card:
 _REMAKE = "Make it again with miaotui accelerate."
 
 
-def write(card: Card, folder: Path) -> Path:
-    """Write `card.json` into the artefact's folder, whole or not at all; its path."""
-    path = folder / FILE
+def write(card: Card, artefact: Path) -> Path:
+    """Write `card.json` into the artefact's folder, or beside its GGUF file, whole or not at all; its path."""
+    path = beside(artefact, CARD)
     write_json(path, card.plain())
     return path
 
 
 def read(path: Path) -> Card:
-    """The card of an artefact's folder, beside a file of weights, or at this path itself.
+    """The card of an artefact, a folder or a file of weights, or the card at this path itself.
 
     Raises CheckpointError where there is none, or one that cannot be read.
     """
@@ -402,9 +402,10 @@ def find(path: Path) -> Path:
     """Where the card of an artefact lies. Raises CheckpointError when there is none."""
     if path.is_file() and path.suffix == ".json":
         return path
-    card = (path if path.is_dir() else path.parent) / FILE
-    if not path.exists() or not card.is_file():
-        raise CheckpointError(f"There is no {card}.", "Name a folder that miaotui accelerate has written.")
+    card = find_beside(path, CARD)
+    if card is None:
+        there = "There is no" if path.exists() else f"{path} is not there, nor"
+        raise CheckpointError(f"{there} {beside(path, CARD)}.", "Name what miaotui accelerate has written.")
     return card
 
 

@@ -18,15 +18,19 @@ from markupsafe import Markup, escape
 from miaotui.accelerate import charts, rows
 from miaotui.accelerate.card import Card, Profile, Speed, Trial
 from miaotui.accelerate.words import CHINESE
+from miaotui.checkpoint.beside import REPORT, beside
 from miaotui.checkpoint.write import atomic_file
 
 WEB = Path(__file__).parent / "web"
-FILE = "report.html"
 
 
-def write(card: Card, folder: Path) -> Path:
-    """Write `report.html` into the artefact's folder, whole or not at all; its path."""
-    path = folder / FILE
+def write(card: Card, artefact: Path) -> Path:
+    """Write `report.html` into the artefact's folder, or beside its GGUF file, whole or not at all; its path."""
+    return save(card, beside(artefact, REPORT))
+
+
+def save(card: Card, path: Path) -> Path:
+    """The same at a path of one's own."""
     with atomic_file(path) as file:
         file.write(render(card).encode("utf-8", "backslashreplace"))
     return path
