@@ -8,9 +8,8 @@
 read (`texts.rows`) → clean → each document once → a sample of what is large → augment → tokens → windows, drawn
 without replacement from the whole.
 
-The documents are laid end to end, with the end of text between them where the tokenizer has one and an empty line
-where it has none, and cut into windows; a window begins with BOS where the tokenizer itself puts one before a text.
-As in `miaotui evaluate` and in transformers, the text of a special token is that token.
+A window begins with BOS where the tokenizer itself puts one before a text; `packing` says how documents follow one
+another. With the source `self`, the model writes the windows.
 """
 
 from __future__ import annotations
@@ -20,30 +19,22 @@ import heapq
 import json
 import random
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from miaotui.compress.augment import AUGMENTATIONS, augmented
+from miaotui.compress.packing import Ids, Packer, Write, head, own_text
 from miaotui.compress.recipe import Calibration
 from miaotui.compress.texts import Fault, Row, prose, prose_name, rows
-from miaotui.errors import MiaotuiError, RequestError, UsageError
+from miaotui.errors import UsageError
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer
 
 __all__ = ["AUGMENTATIONS", "CalibrationText", "Write", "clean", "windows"]
-
-Write = Callable[[int, int, int], Iterable[Sequence[int]]]
-"""`write(count, length, seed)`: the model's own texts, drawn at random (not greedily) after BOS, or after the end of a
-text where it has no BOS. Gives `count` runs of at most `length` token ids each, without the BOS; a run may end with an
-end of text and is then shorter. The same arguments give the same ids."""
-
-Ids = NDArray[np.int32]
 
 SELF = "self"
 KEPT_CHARACTERS, KEPT_PER_TOKEN = 8 << 20, 16
@@ -51,8 +42,6 @@ KEPT_CHARACTERS, KEPT_PER_TOKEN = 8 << 20, 16
 GROWTH = 8
 """A sample that turned out to be too small is drawn again, so many times larger."""
 NAMED_FAULTS = 5
-ROUNDS = 8
-"""How often the model is asked to write on, when its texts end early."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,27 +79,27 @@ def windows(
     chat_template: ChatTemplate | None = None,
     write: Write | None = None,
 ) -> CalibrationText:
-    """The windows that `calibration` ask for.
+    """The windows that `calibration` asks for.
 
     `chat_template` is needed where rows are conversations, `write` where the source is `self`.
     Raises UsageError for a source that cannot be read or used, for an unknown augmentation, and for too little text,
     with the number of windows that it gives.
     """
     _check_augmentations(calibration)
-    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    room = calibration.window - len(head)
-    tally = _Tally()
+    first = head(tokenizer)
+    room = calibration.window - len(first)
     if calibration.source == SELF:
-        name = "the model's own text"
-        stream = _written(tokenizer, calibration, room, write, tally)
+        name, count = "the model's own text", calibration.windows
+        tally = _Tally(documents=count)
+        stream = own_text(write, count, room, calibration.seed, tokenizer.vocab_size)
     else:
         name = prose_name() if calibration.source is None else calibration.source
-        stream, tally = _read(_Packer(tokenizer, chat_template), calibration, room)
+        stream, tally = _read(Packer(tokenizer, chat_template), calibration, room)
     available = len(stream) // room
     if available < calibration.windows:
         raise _too_little(name, calibration, available, tally)
     cut = stream[: available * room].reshape(available, room)[_drawn(available, calibration)]
-    tokens = np.concatenate([np.tile(np.array(head, np.int32), (len(cut), 1)), cut], axis=1)
+    tokens = np.concatenate([np.tile(np.array(first, np.int32), (len(cut), 1)), cut], axis=1)
     counts = {**tally.counts(), "available": available}
     return CalibrationText(tokens, name, _fingerprint(tokens, calibration), counts, tuple(map(str, tally.faults)))
 
@@ -119,14 +108,14 @@ def _check_augmentations(calibration: Calibration) -> None:
     for name in calibration.augment:
         if name not in AUGMENTATIONS:
             raise UsageError(f"There is no augmentation {name!r:.60}.", f"Known are {', '.join(AUGMENTATIONS)}.")
+    if len(set(calibration.augment)) < len(calibration.augment):
+        raise UsageError("An augmentation is named twice.", "Name each once: the same copies teach nothing new.")
     if calibration.augment and calibration.source == SELF:
         raise UsageError("What the model writes itself is not augmented.", "Leave out calibration.augment.")
 
 
 def _drawn(available: int, calibration: Calibration) -> list[int]:
-    """Indices of windows, without replacement. What the model wrote for this is taken as it comes."""
-    if calibration.source == SELF:
-        return list(range(calibration.windows))
+    """Indices of windows, without replacement."""
     chance = random.Random(calibration.seed)  # of Python's generator, random() alone is the same in every version
     keys = [chance.random() for _ in range(available)]
     return sorted(range(available), key=keys.__getitem__)[: calibration.windows]
@@ -160,17 +149,22 @@ class _Tally:
         if len(self.faults) < NAMED_FAULTS:
             self.faults.append(fault)
 
+    def refused(self, fault: Fault) -> None:
+        """A document that turned out to be malformed."""
+        self.documents -= 1
+        self.faulty(fault)
+
     def counts(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if name != "faults"}
 
 
-def _read(packer: _Packer, calibration: Calibration, room: int) -> tuple[Ids, _Tally]:
+def _read(packer: Packer, calibration: Calibration, room: int) -> tuple[Ids, _Tally]:
     """The tokens of the source, or of a sample of its documents that has enough of them."""
     most = max(KEPT_CHARACTERS, KEPT_PER_TOKEN * calibration.windows * room)
     while True:
         tally = _Tally()
         kept, all_kept = _sample(_documents(calibration.source, tally), most, calibration.seed)
-        stream = packer.stream(augmented(kept, calibration.augment, calibration.seed), tally)
+        stream = packer.stream(augmented(kept, calibration.augment, calibration.seed), tally.refused)
         if all_kept or len(stream) >= calibration.windows * room:
             return stream, tally
         most *= GROWTH
@@ -180,6 +174,7 @@ def _documents(source: str | None, tally: _Tally) -> Iterator[Row]:
     """Cleaned, none empty, each once."""
     found = prose() if source is None else rows(Path(source).expanduser(), tally.faulty)
     seen: set[bytes] = set()
+    whole = True  # nothing was left out since the row before
     for row in found:
         tally.documents += 1
         document = _cleaned(row)
@@ -187,11 +182,14 @@ def _documents(source: str | None, tally: _Tally) -> Iterator[Row]:
         key = hashlib.blake2b(content.encode(), digest_size=16).digest()
         if not content.strip():
             tally.empty += 1
+            whole = False
         elif key in seen:
             tally.duplicates += 1
+            whole = False
         else:
             seen.add(key)
-            yield document
+            yield replace(document, continues=document.continues and whole)
+            whole = True
 
 
 def _sample(documents: Iterable[Row], most: int, seed: int) -> tuple[list[Row], bool]:
@@ -241,71 +239,3 @@ def _cleaned(row: Row) -> Row:
 def _cleaned_message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": clean(content)} if isinstance(content, str) else message
-
-
-# -- tokens ----------------------------------------------------------------------------------------------
-class _Packer:
-    """Lays documents end to end as token ids."""
-
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
-        self._tokenizer, self._chat_template = tokenizer, chat_template
-        self._between = list(tokenizer.eos_ids[:1]) or self._encode("\n\n")
-
-    def stream(self, documents: Iterable[Row], tally: _Tally) -> Ids:
-        """Ids of all documents. A conversation that the template refuses counts as malformed."""
-        ids = array("i")
-        for row in documents:
-            try:
-                found = self._ids(row)
-            except RequestError as error:
-                tally.documents -= 1
-                tally.faulty(Fault(row.where, error.message.rstrip(".")))
-                continue
-            if ids and not row.continues and not _ends(ids, self._tokenizer.eos_ids):
-                ids.extend(self._between)
-            ids.extend(found)
-        return np.array(ids, dtype=np.int32)
-
-    def _ids(self, row: Row) -> list[int]:
-        if row.messages is None:
-            return self._encode(row.whole)
-        if self._chat_template is None:
-            raise UsageError(
-                f"{row.where} is a conversation, and the model has no chat template.",
-                "Give rows of text, or a model with a chat template.",
-            )
-        ids = self._chat_template.encode(row.messages, add_generation_prompt=False)
-        starts_twice = self._tokenizer.add_bos and ids[:1] == [self._tokenizer.bos_id]
-        return ids[1:] if starts_twice else ids
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-
-
-def _ends(ids: Sequence[int], eos_ids: Sequence[int]) -> bool:
-    return ids[-1] in eos_ids
-
-
-def _written(tokenizer: Tokenizer, calibration: Calibration, room: int, write: Write | None, tally: _Tally) -> Ids:
-    """Ids of the model's own texts, as many as are wanted; it is asked again where its texts end early."""
-    if write is None:
-        raise UsageError("Nothing is there that could write the model's own text.", "Give the calibration a file.")
-    between = tokenizer.eos_ids[:1]
-    ids, wanted = array("i"), calibration.windows * room
-    for turn in range(ROUNDS):
-        missing = -(-(wanted - len(ids)) // room)
-        for run in write(missing, room, calibration.seed + turn):
-            _check_ids(run, tokenizer)
-            tally.documents += 1
-            tally.empty += not len(run)
-            if len(ids) % room and len(run) and not _ends(ids, tokenizer.eos_ids):
-                ids.extend(between)
-            ids.extend(run)
-        if len(ids) >= wanted:
-            break
-    return np.array(ids, dtype=np.int32)
-
-
-def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    if len(ids) and not (min(ids) >= 0 and max(ids) < tokenizer.vocab_size):
-        raise MiaotuiError("The model wrote tokens that its tokenizer lacks.", "Use the tokenizer that belongs to it.")
