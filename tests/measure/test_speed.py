@@ -33,7 +33,8 @@ class SteadyLLM:
         clock.now += 0.5
         self.clock, self.prompts = clock, prompts
         self.spec = make_spec()
-        self.engine = SimpleNamespace(executor=SimpleNamespace(weight_bytes=10_000, block_bytes=4096))
+        shape = SimpleNamespace(max_model_len=1024)
+        self.engine = SimpleNamespace(executor=SimpleNamespace(weight_bytes=10_000, block_bytes=4096, shape=shape))
         self.closed = False
 
     def stream(self, prompt: dict[str, list[int]], params: SamplingParams) -> Iterator[Any]:
@@ -91,9 +92,36 @@ def test_no_prompt_twice(prompts: list[tuple[int, ...]]) -> None:
 def test_regimes_are_those_of_the_contract() -> None:
     assert list(speed.regimes()) == [
         "start", "load", "peak-memory", "prefill-512", "decode-1@16", "decode-1@512", "throughput-8", "throughput-64",
+        "decode-1@long",
     ]  # fmt: skip
+    assert [regime.name for regime in speed.select(None)] == list(speed.regimes())[:-1]
 
 
 def test_an_unknown_regime_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(UsageError, match="no regime called 'fast'"):
         speed.run(speed.Settings("/nowhere", {}, []), PROBES, names=["fast"])
+
+
+def test_the_longest_context_leaves_room_to_decode(prompts: list[tuple[int, ...]]) -> None:
+    report = speed.run(speed.Settings("tiny", {}, []), PROBES, names=["decode-1@long"], repeat=1)
+    assert {len(prompt) for prompt in prompts} == {1024 - speed.DECODE_TOKENS - 1}
+    assert report["results"][0]["median"] == pytest.approx(100)
+
+
+def test_models_take_turns_until_the_time_is_over(prompts: list[tuple[int, ...]]) -> None:
+    """A prompt takes half a second, a batch four: a round of both models 9 s, the warm-up as long."""
+    several = [speed.Settings("a", {}, []), speed.Settings("b", {}, [])]
+    names = ["prefill-512", "throughput-8"]
+    first, second = speed.run_beside(several, PROBES, names=names, repeat=50, seconds=30)
+    for report, name in ((first, "a"), (second, "b")):
+        assert report["model"]["name"] == name
+        assert [result["samples"] for result in report["results"]] == [3, 2]  # a steady clock's are tight after three
+    lengths = [len(prompt) for prompt in prompts]
+    assert lengths[:4] == [512, 512, 128, 128]
+    assert lengths[:2] + lengths[18:20] == [512] * 4
+
+
+def test_each_regime_is_measured_once_whatever_the_time(prompts: list[tuple[int, ...]]) -> None:
+    names = ["prefill-512", "throughput-8"]
+    report = speed.run_beside([speed.Settings("a", {}, [])], PROBES, names=names, repeat=50, seconds=0)[0]
+    assert [result["samples"] for result in report["results"]] == [1, 1]

@@ -17,8 +17,8 @@ from miaotui.cli.options import MODEL, as_flags, measured_engine_options, split_
 @click.option(
     "--regimes",
     metavar="A,B,…",
-    help="Of start, load, peak-memory, prefill-512, decode-1@16, decode-1@512, throughput-8, throughput-64.  "
-    "[default: all]",
+    help="Of start, load, peak-memory, prefill-512, decode-1@16, decode-1@512, throughput-8, throughput-64, "
+    "decode-1@long.  [default: all but the last]",
 )
 @click.option("--repeat", type=click.IntRange(min=1), help="Rounds after the warm-up.  [default: 5]")
 @click.option(

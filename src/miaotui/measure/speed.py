@@ -1,7 +1,8 @@
 """`miaotui bench`: speed by regime, each figure with its interval and beside the machine's measured ceiling.
 
-Regimes are measured in rounds, one sample of each a round, so that a machine that drifts drifts for all of them.
-Prompts are random tokens, never the same twice, so that no cached prefix helps.
+Regimes are measured in rounds, one sample of each a round, so that a machine that drifts drifts for all of them; of
+several models each round has one sample of each, in turn. Prompts are random tokens, never the same twice, so that no
+cached prefix helps.
 
 | regime | unit | what one sample is |
 |---|---|---|
@@ -11,6 +12,7 @@ Prompts are random tokens, never the same twice, so that no cached prefix helps.
 | prefill-512 | tokens/s | 512 prompt tokens ÷ time to the first new token |
 | decode-1@C | tokens/s | one new token at batch 1, 1 ÷ the time since the one before, from context C on |
 | throughput-N | tokens/s | N requests at once, 128 tokens in and 128 out: new tokens ÷ wall time |
+| decode-1@long | tokens/s | as decode-1, from the longest context that fits, 8192 at most; only when asked for |
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ DECODE_TOKENS = 32
 """New tokens of one decode run, each of them a sample."""
 REQUEST = 128
 """Tokens in and tokens out of a throughput request."""
+LONGEST = 8192
+"""Tokens that a long context has at the most: more would take longer to read than a benchmark should."""
+TIGHT = 0.02
+"""Half an interval, as a share of the median, from which a regime is not sampled again when time is short."""
 LOAD_AGAIN = ("start", "load", "peak-memory")
 """Regimes that hold the model a second time while the first is in memory."""
 
@@ -65,6 +71,11 @@ class Subject:
         self.cost = Cost.of(self.llm.spec, executor.weight_bytes, executor.block_bytes, compute)
         self._random = np.random.default_rng(20240229)
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest context that leaves room to decode, `LONGEST` at most."""
+        return max(1, min(LONGEST, self.llm.engine.executor.shape.max_model_len - DECODE_TOKENS - 1))
+
     def prompt(self, tokens: int) -> dict[str, list[int]]:
         """A prompt of that many random tokens."""
         return {"prompt_token_ids": self._random.integers(0, self.cost.spec.vocab_size, tokens).tolist()}
@@ -75,24 +86,29 @@ class Subject:
 
 @dataclass(frozen=True)
 class Regime:
-    """`sample` takes samples; `ceiling` is the best this machine could do, in the same unit, or None."""
+    """`sample` takes samples; `ceiling` is the best this machine could do, in the same unit, or None.
+
+    usual: measured when no regimes are named.
+    """
 
     name: str
     unit: str
     higher_is_better: bool
     sample: Callable[[Subject], list[float]]
-    ceiling: Callable[[Cost, Ceilings], float | None]
+    ceiling: Callable[[Subject, Ceilings], float | None]
+    usual: bool = True
 
 
 def regimes() -> dict[str, Regime]:
     """Every regime by name, in the order in which they are reported."""
     table = [
-        Regime("start", "s", False, _start, lambda cost, limits: None),
-        Regime("load", "s", False, _load, lambda cost, limits: cost.weight_bytes / limits.bandwidth),
-        Regime("peak-memory", "MB", False, _peak_memory, lambda cost, limits: cost.weight_bytes / 1e6),
+        Regime("start", "s", False, _start, lambda subject, limits: None),
+        Regime("load", "s", False, _load, lambda subject, limits: subject.cost.weight_bytes / limits.bandwidth),
+        Regime("peak-memory", "MB", False, _peak_memory, lambda subject, limits: subject.cost.weight_bytes / 1e6),
         Regime("prefill-512", "tokens/s", True, _prefill, _prefill_ceiling),
         *(_decode_regime(context) for context in (16, 512)),
         *(_throughput_regime(requests) for requests in (8, 64)),
+        _decode_regime(None),
     ]
     return {regime.name: regime for regime in table}
 
@@ -110,42 +126,101 @@ def run(
     `tell` is called with a line for people at each stage, and with "" at the end.
     Raises UsageError for an unknown regime.
     """
+    return run_beside([settings], probes, names=names, repeat=repeat, tell=tell)[0]
+
+
+def run_beside(
+    several: Sequence[Settings],
+    probes: Probes,
+    *,
+    names: Sequence[str] | None = None,
+    repeat: int = 5,
+    seconds: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """`run` for models that are all in memory and take turns: one report for each.
+
+    With `seconds`, a regime is sampled until its intervals are tight or the time is over, at least once and `repeat`
+    times at most; what cannot be had in the time that is left is not begun again.
+    """
     chosen = select(names)
     machine = detect.detect()
     watch = sensors.Watch()
-    tell("loading the model")
-    subject = Subject(settings)
+    subjects: list[Subject] = []
     try:
+        for settings in several:
+            tell(f"loading {settings.model}")
+            subjects.append(Subject(settings))
         tell("measuring this machine's ceilings")
-        working_set = ceilings.within(subject.cost.weight_bytes, detect.available_memory())
-        limits = ceilings.measure(probes, _threads(settings), working_set)
-        samples: dict[str, list[float]] = {regime.name: [] for regime in chosen}
-        for round_number in range(repeat + 1):
-            for regime in chosen:
-                tell(f"round {round_number}/{repeat}: {regime.name}" if round_number else f"warm-up: {regime.name}")
-                taken = _sample(regime, subject)
-                if round_number:
-                    samples[regime.name] += taken
-        results = [_result(regime, samples[regime.name], subject.cost, limits) for regime in chosen]
-        model = _describe(subject)
+        limits = [_limits(probes, subject) for subject in subjects]
+        samples = _rounds(chosen, subjects, repeat, seconds, tell)
+        results = [
+            [_result(regime, taken[regime.name], subject, most) for regime in chosen]
+            for subject, taken, most in zip(subjects, samples, limits, strict=True)
+        ]
+        models = [_describe(subject) for subject in subjects]
     finally:
         tell("")
-        subject.close()
-    disturbance = watch.read()
-    return {
-        "machine": {**machine.as_dict(), "ceilings": asdict(limits), "disturbance": asdict(disturbance)},
-        "model": model,
-        "results": results,
-    }
+        for subject in subjects:
+            subject.close()
+    disturbance = asdict(watch.read())
+    return [
+        {
+            "machine": {**machine.as_dict(), "ceilings": asdict(most), "disturbance": disturbance},
+            "model": model,
+            "results": found,
+        }
+        for model, found, most in zip(models, results, limits, strict=True)
+    ]
+
+
+def _limits(probes: Probes, subject: Subject) -> Ceilings:
+    working_set = ceilings.within(subject.cost.weight_bytes, detect.available_memory())
+    return ceilings.measure(probes, _threads(subject.settings), working_set)
+
+
+def _rounds(
+    chosen: Sequence[Regime],
+    subjects: Sequence[Subject],
+    repeat: int,
+    seconds: float | None,
+    tell: Callable[[str], None],
+) -> list[dict[str, list[float]]]:
+    """A warm-up, then rounds: for each subject its samples by regime."""
+    samples: list[dict[str, list[float]]] = [{regime.name: [] for regime in chosen} for _ in subjects]
+    took: dict[str, float] = {}
+    ends = None if seconds is None else time.perf_counter() + seconds
+    for number in range(repeat + 1):
+        for regime in chosen:
+            if number > 1 and ends is not None and not _again(regime, samples, took[regime.name], ends):
+                continue
+            tell(f"round {number}/{repeat}: {regime.name}" if number else f"warm-up: {regime.name}")
+            started = time.perf_counter()
+            for subject, taken in zip(subjects, samples, strict=True):
+                found = _sample(regime, subject)
+                if number:
+                    taken[regime.name] += found
+            took[regime.name] = time.perf_counter() - started
+    return samples
+
+
+def _again(regime: Regime, samples: Sequence[Mapping[str, list[float]]], took: float, ends: float) -> bool:
+    """Whether another sample is wanted, and there is time for it."""
+    if time.perf_counter() + took > ends:
+        return False
+    figures = [summarise(taken[regime.name], higher_is_better=regime.higher_is_better) for taken in samples]
+    tight = all(figure.high - figure.low <= 2 * TIGHT * figure.median for figure in figures)
+    few = min(len(taken[regime.name]) for taken in samples) < 3
+    return few or not tight
 
 
 def select(names: Sequence[str] | None) -> list[Regime]:
-    """The regimes of these names; all when None."""
+    """The regimes of these names; the usual ones when None."""
     table = regimes()
     unknown = [name for name in names or () if name not in table]
     if unknown:
         raise UsageError(f"There is no regime called {unknown[0]!r}.", f"Choose from {', '.join(table)}.")
-    return [table[name] for name in names] if names else list(table.values())
+    return [table[name] for name in names] if names else [r for r in table.values() if r.usual]
 
 
 def _sample(regime: Regime, subject: Subject) -> list[float]:
@@ -156,10 +231,10 @@ def _sample(regime: Regime, subject: Subject) -> list[float]:
         raise ResourceError(f"{regime.name} cannot be measured: {error.message}", hint) from error
 
 
-def _result(regime: Regime, samples: list[float], cost: Cost, limits: Ceilings) -> dict[str, Any]:
+def _result(regime: Regime, samples: list[float], subject: Subject, limits: Ceilings) -> dict[str, Any]:
     figure = summarise(samples, higher_is_better=regime.higher_is_better)
     better = "higher" if regime.higher_is_better else "lower"
-    counted = {"ceiling": regime.ceiling(cost, limits), "samples": len(samples), "better": better}
+    counted = {"ceiling": regime.ceiling(subject, limits), "samples": len(samples), "better": better}
     return {"regime": regime.name, "unit": regime.unit, **asdict(figure), **counted}
 
 
@@ -246,20 +321,24 @@ def _prefill(subject: Subject) -> list[float]:
     return [512 / seconds]
 
 
-def _prefill_ceiling(cost: Cost, limits: Ceilings) -> float:
+def _prefill_ceiling(subject: Subject, limits: Ceilings) -> float:
+    cost = subject.cost
     return 512 / cost.seconds(cost.step([512], new_tokens=512), limits)
 
 
-def _decode_regime(context: int) -> Regime:
+def _decode_regime(context: int | None) -> Regime:
+    """None: the subject's longest."""
+
     def sample(subject: Subject) -> list[float]:
-        arrivals = _arrivals(subject, context, DECODE_TOKENS + 1)
+        arrivals = _arrivals(subject, context or subject.longest, DECODE_TOKENS + 1)
         pairs = itertools.pairwise(arrivals)
         return [(count - before) / (now - then) for (then, before), (now, count) in pairs if count > before]
 
-    def ceiling(cost: Cost, limits: Ceilings) -> float:
-        return 1 / cost.seconds(cost.step([context + DECODE_TOKENS // 2]), limits)
+    def ceiling(subject: Subject, limits: Ceilings) -> float:
+        cost = subject.cost
+        return 1 / cost.seconds(cost.step([(context or subject.longest) + DECODE_TOKENS // 2]), limits)
 
-    return Regime(f"decode-1@{context}", "tokens/s", True, sample, ceiling)
+    return Regime(f"decode-1@{context or 'long'}", "tokens/s", True, sample, ceiling, context is not None)
 
 
 def _throughput_regime(requests: int) -> Regime:
@@ -276,8 +355,9 @@ def _throughput_regime(requests: int) -> Regime:
             )
         return [tokens / seconds]
 
-    def ceiling(cost: Cost, limits: Ceilings) -> float:
+    def ceiling(subject: Subject, limits: Ceilings) -> float:
         """All prompts in one step, then steps of all sequences; the first new token comes with the prompts."""
+        cost = subject.cost
         seconds = cost.seconds(cost.step([REQUEST] * requests, new_tokens=REQUEST), limits)
         for length in range(REQUEST + 1, 2 * REQUEST):
             seconds += cost.seconds(cost.step([length] * requests), limits)
