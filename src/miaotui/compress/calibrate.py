@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -139,7 +139,7 @@ class _Walk:
 
     def _head(self, layers: int) -> None:
         gathering, last = Gathering(), self._stream(layers)
-        norm = final_norm(self.model)
+        norm = FinalNorm(self.model)
         for chosen in last.chunks():
             gathering("head", norm(last.read(chosen)).flatten(0, 1))
         save(_path(self.folder, layers), gathering.finish("the last norm"))
@@ -164,8 +164,8 @@ def embed(model: Model, text: CalibrationText, to: Hidden, turn: torch.Tensor | 
         to.write(chosen, rows[index])
 
 
-class final_norm:
-    """The last norm of a model, on `[…, hidden]`."""
+class FinalNorm:
+    """The last norm of a model, on `[…, hidden]`; `plain`: without its weight, as a rotated model has it."""
 
     def __init__(self, model: Model) -> None:
         spec: ModelSpec = model.spec
@@ -176,8 +176,9 @@ class final_norm:
             model.values(place).dense32(), spec.norm_eps, bias=offset, kind=spec.norm_kind
         )
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._ops.norm(hidden, self._weight)
+    def __call__(self, hidden: torch.Tensor, *, plain: bool = False) -> torch.Tensor:
+        weight = replace(self._weight, weight=torch.ones_like(self._weight.weight)) if plain else self._weight
+        return self._ops.norm(hidden, weight)
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------

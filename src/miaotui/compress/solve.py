@@ -16,7 +16,6 @@ from miaotui.compress.methods.hqq import hqq
 from miaotui.compress.methods.rtn import rtn
 from miaotui.compress.methods.smooth import smooth
 from miaotui.compress.options import Steps
-from miaotui.compress.rotated import Rotations
 from miaotui.compress.types import Fp8Tensor, InputStatistics, Layer, LinearGroup, LinearScheme
 from miaotui.compress.wiring import fold, foldable, shared
 from miaotui.errors import UsageError
@@ -43,10 +42,8 @@ class Rounding:
         return sum(errors) / len(errors) if errors else 0.0
 
 
-def transform(spec: ModelSpec, layer: Layer, steps: Steps, rotations: Rotations | None) -> None:
-    """Rotate, smooth and scale a layer in place: what it answers does not change, what rounding costs does."""
-    if rotations is not None:
-        rotations.layer(layer)
+def scale_layer(spec: ModelSpec, layer: Layer, steps: Steps) -> None:
+    """Smooth and scale a layer in place: what it answers does not change, what rounding costs does."""
     if steps.smooth is not None:
         for key in _coded(spec, layer):
             if steps.smooth.everywhere or layer.groups[key].role in ("qkv", "mlp_in"):

@@ -212,9 +212,31 @@ def _normalise(x: torch.Tensor, weight: NormWeight) -> torch.Tensor:
     return F.rms_norm(x, (weight.width,), scale, weight.eps)
 
 
+TILE = 128
+"""Queries that `_tiled` takes together."""
+
+
+def _tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention, a tile of queries at a time against the keys so far: on a CPU nearly twice as fast in bfloat16
+    as PyTorch's own. The softmax is in float32.
+    """
+    windows, heads, length, width = q.shape
+    q, k, v = (x.reshape(windows * heads, length, width) for x in (q, k, v))
+    future = torch.full((TILE, TILE), float("-inf")).triu(1)
+    tiles = []
+    for start in range(0, length, TILE):
+        end = min(start + TILE, length)
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).float() * scale
+        scores[:, :, start:] += future[: end - start, : end - start]
+        tiles.append(torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v[:, :end]))
+    return torch.cat(tiles, dim=1).view(windows, heads, length, width)
+
+
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
     """Causal softmax attention of q, k, v `[windows, heads, length, head_dim]`, within a sliding window if any."""
     if attention.window is None and attention.softcap is None:
+        if q.dtype == torch.bfloat16 and not q.is_cuda:
+            return _tiled(q, k, v, attention.scale)
         out: torch.Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale)
         return out
     at = torch.arange(q.shape[2], device=q.device)

@@ -97,6 +97,10 @@ class Quantised:
     values: torch.Tensor
     error: float
 
+    def judged(self, weight: torch.Tensor, moment: torch.Tensor | None) -> Quantised:
+        """The same codes, with their error against `weight`."""
+        return replace(self, error=output_error(weight, self.values, moment))
+
 
 # -- shapes ------------------------------------------------------------------------------------------------------
 def by_group(weight: torch.Tensor, size: int) -> torch.Tensor:
