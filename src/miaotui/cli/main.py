@@ -28,6 +28,7 @@ COMMANDS = {
     "bench serve": "Measure how a server answers under load.",
     "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",
     "compare": "Tell two models apart on the same text.",
+    "prune": "Cut what matters least out of a model, or set weights to 0.",
     "merge": "Merge models of one architecture into one.",
     "doctor": "Look at this machine, and whether a model fits it.",
 }
