@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miaotui.accelerate import card as cards
 from miaotui.accelerate.card import Card, Floor, Quality, Speed, dominates, find, read, write
 from miaotui.errors import CheckpointError
 from miaotui.measure.intervals import Estimate
@@ -99,6 +102,15 @@ def test_a_figure_that_json_cannot_hold_is_our_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write(card, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_key_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cards.md").read_text()
+    named = set(re.findall(r"[`\"](\w+)(?:\[\])?[`\"]", page))
+    kinds = [kind for kind in vars(cards).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    missing = {f.name for kind in kinds for f in dataclasses.fields(kind)} - named
+    assert missing == set()
+    assert f"schema_version {cards.SCHEMA_VERSION}" in page
 
 
 # -- figures ---------------------------------------------------------------------------------------------

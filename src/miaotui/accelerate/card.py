@@ -176,6 +176,8 @@ class Energy:
     """Joules for a new token in `regime`, as `sources` counted them; or None, and why it could not be measured."""
 
     joules_per_token: float | None = None
+    low: float | None = None
+    high: float | None = None
     regime: str | None = None
     sources: tuple[str, ...] = ()
     unavailable: str | None = None
@@ -369,10 +371,23 @@ class Card:
                 "Read it with the version of miaotui that wrote it.",
             )
         try:
-            return from_plain(cls, values, "")
-        except (MiaotuiError, TypeError, ValueError) as error:
+            card = from_plain(cls, values, "")
+            _check_numbers(card.plain())
+            return card
+        except (MiaotuiError, TypeError, ValueError, OverflowError, RecursionError) as error:
             cause = error.message if isinstance(error, MiaotuiError) else str(error)
             raise CheckpointError(f"{where} cannot be read: {cause}", _REMAKE) from error
+
+
+def _check_numbers(value: Any) -> None:
+    """Raises ValueError for a number that nothing measured can have; `plain` has seen to those that are not finite."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_numbers(item)
+    elif isinstance(value, (int, float)) and abs(value) >= 2**63:
+        raise ValueError(f"{float(min(value, 2**63)):.3g} is too large a number.")
 
 
 _REMAKE = "Make it again with miaotui accelerate."

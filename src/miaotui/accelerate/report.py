@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from miaotui.accelerate import charts, rows
+from miaotui.accelerate import charts, facts, rows
 from miaotui.accelerate.card import Card, Profile, Speed, Trial
 from miaotui.accelerate.words import CHINESE
 from miaotui.checkpoint.beside import REPORT, beside
@@ -53,8 +52,8 @@ def render(card: Card) -> str:
             charts=[c for c in (charts.pareto(card, 760, 430), charts.pareto(card, 340, 400)) if c is not None],
             trials=sorted(trials, key=lambda trial: _STATES.index(trial.state)),
             heat=charts.heat_map(card.sensitivity),
-            machine=machine(card.machine),
-            limits=limits(card.machine),
+            machine=facts.machine(card.machine),
+            limits=facts.limits(card.machine),
             recipe=None
             if card.artefact.recipe is None
             else json.dumps(card.artefact.recipe, indent=2, ensure_ascii=False),
@@ -81,7 +80,7 @@ def heroes(card: Card) -> list[tuple[str, str, str, str]]:
         change = rows.change_of(card.floor.ratio)
         mood = {"holds": "", "broken": "bad", "undecided": ""}[card.floor.verdict]
         found.append((change.value, "perplexity", f"95%: {change.interval}" if change.interval else "", mood))
-    if not card.artefact.kept_original:
+    if not card.artefact.kept_original and card.artefact.bytes:
         was, now = card.model.bytes, card.artefact.bytes
         found.append(
             (rows.times(was / now), "smaller", f"{rows.size(was)} → {rows.size(now)}", "good" if now < was else "")
@@ -99,44 +98,6 @@ def regime_of(card: Card) -> tuple[Speed, Speed] | None:
 
 
 _OF_GOAL = {"latency": "decode-1@512", "throughput": "throughput-64", "memory": "peak-memory"}
-
-
-def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The machine's facts that a reader wants, as (name, text)."""
-    facts = [("Processor", str(found.get("cpu", "?")))]
-    cores, threads = found.get("usable_cores"), found.get("threads")
-    if cores is not None:
-        facts.append(("Cores", f"{cores} of {threads} threads" if threads else str(cores)))
-    if "isa_level" in found:
-        facts.append(("Instruction set", str(found["isa_level"])))
-    if isinstance(found.get("caches"), Mapping):
-        caches = (f"{name} {int(count) >> 10:,} KiB" for name, count in found["caches"].items())
-        facts.append(("Caches", ", ".join(caches)))
-    if isinstance(found.get("memory"), int):
-        facts.append(("Memory", f"{found['memory'] / (1 << 30):.1f} GiB"))
-    facts += [("GPU", str(gpu.get("name", "?"))) for gpu in found.get("gpus") or () if isinstance(gpu, Mapping)]
-    if "system" in found:
-        facts.append(("System", str(found["system"])))
-    return facts
-
-
-def limits(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The measured ceilings, and what disturbed the measurement."""
-    ceilings, disturbance = (found.get(name) or {} for name in ("ceilings", "disturbance"))
-    facts = []
-    if "bandwidth" in ceilings:
-        over = f" over {ceilings['working_set'] / 1e6:,.0f} MB" if "working_set" in ceilings else ""
-        facts.append(("Memory bandwidth", f"{ceilings['bandwidth'] / 1e9:.1f} GB/s{over}"))
-    for name, key, unit in (("int8 peak", "int8", "TOPS"), ("float32 peak", "fp32", "TFLOP/s")):
-        if key in ceilings:
-            facts.append((name, f"{ceilings[key] / 1e12:.2f} {unit}"))
-    if "others" in disturbance:
-        facts.append(("Other processes", f"{disturbance['others']:.2f} cores"))
-    if disturbance.get("celsius") is not None:
-        facts.append(("Hottest sensor", f"{disturbance['celsius']:.0f} °C"))
-    if "throttled" in disturbance:
-        facts.append(("Throttling events", str(disturbance["throttled"])))
-    return facts
 
 
 def tip(trial: Trial) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from miaotui.accelerate.card import Card, Quality, Speed, Task
+from miaotui.accelerate.card import Card, Energy, Quality, Speed, Task
 from miaotui.measure.intervals import Estimate
 
 Group = Literal["speed", "quality", "size", "energy"]
@@ -107,8 +107,8 @@ def _size(card: Card) -> Iterator[Row]:
     if card.artefact.kept_original:
         yield Row("size", "weights", "MB", Cell(number(was / 1e6)), None)
     else:
-        better = None if was == now else now < was
-        yield Row("size", "weights", "MB", Cell(number(was / 1e6)), Cell(number(now / 1e6)), times(was / now), better)
+        change, better = times(was / now) if now else "", None if was == now else now < was
+        yield Row("size", "weights", "MB", Cell(number(was / 1e6)), Cell(number(now / 1e6)), change, better)
 
 
 def _qualities(card: Card) -> Iterator[Row]:
@@ -178,9 +178,14 @@ def _energies(card: Card) -> Iterator[Row]:
         return
     regime = before.regime or (after.regime if after else None)
     name = f"energy, {regime}" if regime else "energy"
-    old, new = (None if value is None else Cell(number(value)) for value in (was, now))
+    old, new = (None if side is None else _energy(side) for side in (before, after))
     change, better = (times(was / now), now < was) if was and now else ("", None)
     yield Row("energy", name, "J/token", old, new, change, better)
+
+
+def _energy(energy: Energy) -> Cell | None:
+    joules = energy.joules_per_token
+    return None if joules is None else cell(joules, energy.low, energy.high)
 
 
 def _figure(figure: Estimate, digits: int = 3) -> Cell:

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",
     "compare": "Tell two models apart on the same text.",
     "prune": "Cut what matters least out of a model, or set weights to 0.",
+    "card": "Show what was measured of a model that accelerate has made.",
     "merge": "Merge models of one architecture into one.",
     "doctor": "Look at this machine, and whether a model fits it.",
 }
