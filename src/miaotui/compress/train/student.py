@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,10 +16,10 @@ import torch
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.write import atomic_folder
-from miaotui.compress.methods.grid import check_width, minmax
+from miaotui.compress.methods.grid import Grid, check_width, fit
 from miaotui.compress.places import LINEARS, NORMS, Model
 from miaotui.compress.recipe import parse_scheme
-from miaotui.compress.train import network
+from miaotui.compress.train import coded, network
 from miaotui.compress.train.folder import dense_config, write_model
 from miaotui.compress.types import Place
 from miaotui.errors import UsageError
@@ -27,7 +28,6 @@ from miaotui.model.families import describe, read_spec
 from miaotui.model.names import Names
 from miaotui.model.spec import ModelSpec
 from miaotui.quant.dummy import Storage
-from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import DenseType
 
 INITIAL_SPREAD = 0.02
@@ -57,7 +57,7 @@ class Lora:
 class Student:
     """A model under training. `values` are float32 by place and effective; `names`, `config` are of the folder to be.
 
-    source: where tokenizer and other text files come from. schemes: how linears are coded in every forward pass; the
+    source: where tokenizer and other text files come from. grids: on which linears are coded in every forward pass; the
     numbers underneath stay float32 (straight-through, Bengio et al. 2013, arXiv 1308.3432).
     """
 
@@ -67,7 +67,7 @@ class Student:
     norm_offset: float
     source: Checkpoint
     values: dict[Place, torch.Tensor]
-    schemes: dict[Place, QuantScheme] = field(default_factory=dict)
+    grids: dict[Place, Grid] = field(default_factory=dict)
     lora: Lora | None = None
     factors: dict[Place, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _coded: dict[Place, torch.Tensor] = field(default_factory=dict)
@@ -75,22 +75,25 @@ class Student:
     # -- making ------------------------------------------------------------------------------------------
     @classmethod
     def of(cls, model: str, device: str = "cpu") -> Student:
-        """From MODEL: safetensors or GGUF, of any family; coded weights as what they mean.
+        """From MODEL: safetensors or GGUF, of any family. A compressed-tensors folder stays in its codes.
 
-        Raises ModelNotFoundError, CheckpointError, UnsupportedModelError.
+        Other coded weights are plain numbers from then on. Raises ModelNotFoundError, CheckpointError,
+        UnsupportedModelError; UsageError for codes that training cannot imitate.
         """
         checkpoint = open_checkpoint(resolve(model))
         described = describe(checkpoint)
         spec, names = read_spec(checkpoint)
         family = described.family
-        gguf = checkpoint.format == "gguf"
+        opened = Model(checkpoint, spec, names)
+        grids = coded.grids_of(opened, device)
         return cls(
             spec,
-            family.hf_names if gguf else names,
+            family.hf_names if checkpoint.format == "gguf" else names,
             dense_config(checkpoint, spec),
             family.norm_offset,
             checkpoint,
-            network.read(Model(checkpoint, spec, names), device=device),
+            network.read(opened, device=device),
+            grids,
         )
 
     @classmethod
@@ -109,7 +112,12 @@ class Student:
         return cls(spec, names, dict(config), spec.norm_offset, source, values)
 
     def code(self, scheme: str) -> None:
-        """Train the linears of all layers as codes of this scheme. Raises UsageError where it cannot be."""
+        """Train the linears of all layers as codes of this scheme, on the grids that suit them best as they are now.
+
+        Raises UsageError where it cannot be.
+        """
+        if self.grids:
+            raise UsageError("The student is in codes already.", "Leave out --scheme, or give the model it came from.")
         parsed = parse_scheme(scheme)
         if parsed.weights is None or parsed.inputs != "none":
             raise UsageError(
@@ -120,14 +128,14 @@ class Student:
         for place, value in self.values.items():
             if place.role in LINEARS and not place.bias:
                 check_width(value.shape[1], parsed.weights, place.name(self.names))
-                self.schemes[place] = parsed.weights
+                self.grids[place] = fit(value.detach(), parsed.weights, "mse")
 
     def adapt(self, lora: Lora, seed: int = 0) -> None:
         """Train low-rank additions instead of the weights: down random, up 0, so that nothing changes at first.
 
         Raises UsageError where no linear is a target.
         """
-        if self.schemes:
+        if self.grids:
             raise UsageError("Low-rank additions cannot be merged into codes.", "Leave out either --lora or --scheme.")
         generator = torch.Generator().manual_seed(seed)
         self.lora = lora
@@ -157,14 +165,13 @@ class Student:
 
     def refresh(self) -> None:
         """Code the weights as they are now; to be called after every change of them."""
-        for place, scheme in self.schemes.items():
-            with torch.no_grad():
-                value = self.values[place].detach()
-                self._coded[place] = minmax(value, scheme).nearest(value) - value
+        for place, grid in self.grids.items():
+            value = self.values[place].detach()
+            self._coded[place] = grid.nearest(value) - value
 
     def effective(self) -> dict[Place, torch.Tensor]:
         """The weights that the network multiplies by; gradients reach the parameters."""
-        if self.schemes and not self._coded:
+        if self.grids and not self._coded:
             self.refresh()
         return self.values | {place: self.values[place] + change for place, change in self._coded.items()}
 
@@ -205,13 +212,21 @@ class Student:
         return value
 
     def write(self, out: Path, kind: DenseType = "float32", *, replace: bool = False) -> None:
-        """A Hugging Face folder that appears whole or not at all. Raises UsageError where `out` is there already."""
+        """A Hugging Face folder that appears whole or not at all: compressed-tensors where the student is in codes.
+
+        Raises UsageError where `out` is there already.
+        """
         with atomic_folder(out, replace=replace) as building:
             self.write_into(building, kind)
 
     def write_into(self, folder: Path, kind: DenseType) -> None:
-        """Weights, configuration and tokenizer, into an empty folder."""
-        write_model(folder, self.shapes(), self._stored, kind, self.config, self.source, self.spec)
+        """Weights, configuration and tokenizer, into an empty folder; what is not coded, as `kind`."""
+        if not self.grids:
+            write_model(folder, self.shapes(), self._stored, kind, self.config, self.source, self.spec)
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".plain.") as plain:
+            write_model(Path(plain), self.shapes(), self._stored, kind, self.config, self.source, self.spec)
+            coded.write(Path(plain), self.values, self.grids, folder)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {place.name(self.names): tuple(value.shape) for place, value in self.values.items()}
