@@ -46,7 +46,7 @@ def gguf_target(source: Checkpoint, spec: ModelSpec, names: Names) -> GGUFTarget
     Raises UnsupportedModelError for a family or rope that GGUF has no word for.
     """
     if source.format == "gguf":
-        kept = {key: value for key, value in source.config.items() if not key.startswith(_STALE)}
+        kept = copied_metadata(source)
         found = [name for name in source.names() if any(part in name for part in names.ignorable)]
         tensors = {name: DenseTensor("float32", source.tensor(name).dense32()) for name in found}
         return GGUFTarget(names, kept, tensors)
@@ -59,6 +59,11 @@ def gguf_target(source: Checkpoint, spec: ModelSpec, names: Names) -> GGUFTarget
     general = {"general.architecture": arch, "general.type": "model", "general.name": source.path.resolve().name}
     own = {f"{arch}.{key}": value for key, value in settings.items()}
     return GGUFTarget(family.gguf_names, general | own, tensors)
+
+
+def copied_metadata(source: Checkpoint) -> dict[str, Any]:
+    """What a GGUF file says of more than its own bytes."""
+    return {key: value for key, value in source.config.items() if not key.startswith(_STALE)}
 
 
 def _gguf_family(family: Family) -> Family:
@@ -124,6 +129,8 @@ def _rope(d: Described, spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Dens
     keys: dict[str, Any] = {"rope.freq_base": base, "rope.dimension_count": 2 * turned.inv_freq.size}
     if d.family.sliding_rope_theta is not None:
         keys["rope.freq_base_swa"] = float(rope_parameters(d, "sliding_attention")["rope_theta"])
+    if d.family.gguf == "phi3":
+        keys["rope.scaling.original_context_length"] = _original_length(d, values)
     kind = rope.rope_type(values)
     if kind == "default":
         return keys, {}
@@ -136,17 +143,22 @@ def _rope(d: Described, spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Dens
         return keys, {"rope_freqs.weight": DenseTensor("float32", plain / turned.inv_freq)}
     if kind != "longrope":
         _unsaid(f"it has no rotary embedding of the kind {kind!r}")
-    return keys | _longrope(d, values, turned), {
+    keys["rope.scaling.attn_factor"] = turned.factor
+    return keys, {
         f"rope_factors_{which}.weight": DenseTensor("float32", np.asarray(values[f"{which}_factor"], np.float32))
         for which in ("long", "short")
     }
 
 
+def _original_length(d: Described, values: Mapping[str, Any]) -> int:
+    return int(values.get("original_max_position_embeddings") or d.integer("max_position_embeddings"))
+
+
 def _yarn(d: Described, values: Mapping[str, Any], turned: Rope) -> dict[str, Any]:
     """llama.cpp multiplies `attn_factor` by YaRN's own 1 + 0.1 ln(factor)."""
-    original = values.get("original_max_position_embeddings") or d.integer("max_position_embeddings")
+    original = _original_length(d, values)
     factor = float(values.get("factor") or d.integer("max_position_embeddings") / original)
-    keys = {"type": "yarn", "factor": factor, "original_context_length": int(original)}
+    keys = {"type": "yarn", "factor": factor, "original_context_length": original}
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     if not math.isclose(turned.factor, usual, rel_tol=CLOSE):
         keys["attn_factor"] = turned.factor / usual
@@ -156,13 +168,8 @@ def _yarn(d: Described, values: Mapping[str, Any], turned: Rope) -> dict[str, An
     return {f"rope.scaling.{key}": value for key, value in keys.items()}
 
 
-def _longrope(d: Described, values: Mapping[str, Any], turned: Rope) -> dict[str, Any]:
-    original = values.get("original_max_position_embeddings") or d.integer("max_position_embeddings")
-    return {"rope.scaling.original_context_length": int(original), "rope.scaling.attn_factor": turned.factor}
-
-
 # -- what a reader will make of it -------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Preview:
     """The file before it is written, as far as reading its configuration and its tokenizer goes; see `Checkpoint`."""
 

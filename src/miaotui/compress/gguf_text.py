@@ -182,19 +182,27 @@ def _templates(source: Checkpoint) -> dict[str, Any]:
 
 # -- what a reader will make of it -------------------------------------------------------------------------------
 def check_tokenizer(source: Checkpoint, preview: Preview) -> None:
-    """Raises UnsupportedModelError where the file's tokenizer would give other ids or ends than the original's.
+    """Raises UnsupportedModelError where the file's tokenizer would give other ids or ends than the original's."""
+    other = tokenizer_difference(Tokenizer.from_checkpoint(source), Tokenizer.from_checkpoint(preview))
+    if other is not None:
+        _unsaid(f"would {other}")
 
-    What GGUF does not hold of an added token (whether it swallows the spaces around it) is left out.
+
+def tokenizer_difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """What another tokenizer does in its own way, as words for an error; None where nothing was found.
+
+    What GGUF does not hold of an added token (whether it swallows the spaces around it) is left out, and the other may
+    know more tokens that end an answer.
     """
-    ours, theirs = Tokenizer.from_checkpoint(source), Tokenizer.from_checkpoint(preview)
     for text in _probes():
-        if ours.encode(text) != theirs.encode(text):
-            _unsaid(f"would give other tokens for {text[:40]!r}")
-    for index, token in ours.backend.get_added_tokens_decoder().items():
-        if theirs.encode(token.content, add_special_tokens=False, parse_special=True) != [index]:
-            _unsaid(f"would lose the token {token.content!r:.60}")
-    if not set(ours.eos_ids) <= set(theirs.eos_ids) or ours.bos_id != theirs.bos_id:
-        _unsaid("would begin or end a text with other tokens")
+        if one.encode(text) != other.encode(text):
+            return f"give other tokens for {text[:40]!r}"
+    for index, token in one.backend.get_added_tokens_decoder().items():
+        if other.encode(token.content, add_special_tokens=False, parse_special=True) != [index]:
+            return f"lose the token {token.content!r:.60}"
+    if not set(one.eos_ids) <= set(other.eos_ids) or one.bos_id != other.bos_id:
+        return "begin or end a text with other tokens"
+    return None
 
 
 def _probes() -> Iterator[str]:
@@ -202,7 +210,7 @@ def _probes() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from PROBES
-    yield from sorted(topics.values(), key=len)[-4:-2]
+    yield from (text[:10_000] for text in sorted(topics.values(), key=len)[-4:-2])
 
 
 def _unsaid(why: str) -> NoReturn:

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.checkpoint.base import Checkpoint
+from miaotui.compress.gguf_config import copied_metadata
+from miaotui.compress.gguf_text import tokenizer_difference
 from miaotui.compress.places import NORMS, Model, all_places
 from miaotui.compress.specs import difference
 from miaotui.compress.types import KEPT, Fp8Tensor, Place, Solution
 from miaotui.errors import CheckpointError
 from miaotui.model.families import read_spec
+from miaotui.model.tokenizer import Tokenizer
 from miaotui.quant import pack
 from miaotui.quant.rounding import to_scale_type
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
@@ -38,7 +41,9 @@ def verify(solution: Solution, path: Path) -> None:
     compare = _Comparison(solution, artefact)
     for place in places:
         compare.check(place)
-    if checkpoint.format != "gguf":
+    if checkpoint.format == "gguf":
+        _check_metadata(solution.source, checkpoint)
+    else:
         _check_scales(solution, artefact, checkpoint)
 
 
@@ -151,6 +156,18 @@ def _check_scales(solution: Solution, artefact: Model, checkpoint: Checkpoint) -
             _wrong(checkpoint.path, f"{name!r} is not {scale:g}")
     if found.keys() - meant.keys():
         _wrong(checkpoint.path, f"{min(found.keys() - meant.keys())!r} was never meant to be written")
+
+
+def _check_metadata(source: Checkpoint, artefact: Checkpoint) -> None:
+    """The tokenizer does what the original's does, and a GGUF file's metadata is still there."""
+    if source.format != "gguf":
+        other = tokenizer_difference(Tokenizer.from_checkpoint(source), Tokenizer.from_checkpoint(artefact))
+        if other is not None:
+            _wrong(artefact.path, f"its tokenizer would {other}")
+        return
+    for key, value in copied_metadata(source).items():
+        if not np.array_equal(np.asarray(value), np.asarray(artefact.config.get(key))):
+            _wrong(artefact.path, f"the key {key!r} in it is another")
 
 
 def _numbers(folder: Path) -> dict[str, NDArray[Any]]:
