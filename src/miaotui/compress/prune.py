@@ -60,13 +60,17 @@ class Cut:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """Either `sparsity` (with its method and how zeros are stored) or a cut."""
+    """Either `sparsity` (with its method and how zeros are stored) or a cut.
+
+    cache: where statistics lie, for any pruning or compression of the same model by the same text; None: the product's.
+    """
 
     sparsity: Sparsity | None = None
     method: Method = "sparsegpt"
     storage: Storage = "bitmask"
     cut: Cut = field(default_factory=Cut)
     calibration: Calibration = field(default_factory=Calibration)
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.method, get_args(Method)), (self.storage, get_args(Storage))):

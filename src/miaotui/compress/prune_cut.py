@@ -22,7 +22,7 @@ from miaotui.compress.prune_sparse import half
 from miaotui.compress.prune_statistics import Calibrated, calibrated
 from miaotui.compress.removal import run_without
 from miaotui.compress.shelf import Shelf
-from miaotui.compress.types import InputStatistics, Layer, Place
+from miaotui.compress.types import Layer, Place
 
 KL_TOKENS = 2048
 """Tokens of the calibration on which removals are measured."""
@@ -39,7 +39,8 @@ def cut(model: Model, settings: PruneSettings, shelf: Shelf, tell: Tell) -> Prun
     """Measure, choose what stays, and cut. The folder's tensors lie on the shelf where they changed."""
     wanted = sizes(model, settings.cut)
     narrow.check_sizes(model.spec, wanted)
-    with calibrated(model, settings.calibration, shelf.folder, half(tell, 0)) as found, torch.no_grad():
+    found = calibrated(model, settings.calibration, settings.cache, half(tell, 0))
+    with torch.no_grad():
         made = _Cutting(model, settings.cut, wanted, found)
         made.look()
         made.choose(half(tell, 1))
@@ -75,13 +76,12 @@ class _Cutting:
         self.removed: list[int] = []
         self.kl: dict[int, float] = {}
         self.kl_together: float | None = None
-        self.head_inputs: InputStatistics | None = None
 
     # -- what is important ---------------------------------------------------------------------------------------
     def look(self) -> None:
         """Measure every part of every layer."""
         for index in range(self.whole.layers):
-            statistics, layer = self.found.layer(index), read_layer(self.model, index)
+            statistics, layer = self.found.statistics.layer(index), read_layer(self.model, index)
             self.importance.turn[index] = 1 - statistics.similarity
             if "out" not in statistics.inputs:
                 continue
@@ -98,9 +98,6 @@ class _Cutting:
         hidden = None
         if self.sizes.hidden < self.whole.hidden:
             hidden = structured.most_important(self.hidden, self.sizes.hidden)
-            with products(self.found.precision) as product:
-                run = run_without(self.model, self.found.tokens(KL_TOKENS), product=product)
-            self.head_inputs = run.head_inputs()
         layers = tuple(i for i in range(self.whole.layers) if i not in self.removed)
         groups, channels = self.sizes.groups, self.sizes.channels
         self.kept = Kept(
@@ -168,7 +165,7 @@ class _Cutting:
         narrow.smaller_spec(config, spec, kept, self.sizes)
         if self._fewer("groups") or self._fewer("channels") or self._fewer("hidden"):
             for index in kept.layers:
-                layer, statistics = read_layer(self.model, index), self.found.layer(index).inputs
+                layer, statistics = read_layer(self.model, index), self.found.statistics.layer(index).inputs
                 narrow.cut_layer(spec, layer, kept, statistics, self.settings.correct)
                 self._shelve(layer, shelf)
             self._shelve_ends(shelf)
@@ -190,11 +187,10 @@ class _Cutting:
                 self._put(shelf, Place(role, layer.index), layer.norms[role] - self.model.spec.norm_offset)
 
     def _shelve_ends(self, shelf: Shelf) -> None:
-        hidden, head = self.kept.hidden, self.head_inputs
+        hidden, spec = self.kept.hidden, self.model.spec
         if hidden is None:
             return
-        assert head is not None
-        spec = self.model.spec
+        head = self.found.statistics.head()
         self._put(shelf, Place("embedding"), read_matrix(self.model, "embedding")[:, hidden])
         norm = torch.from_numpy(np.array(self.model.values(Place("norm")).dense32()))
         self._put(shelf, Place("norm"), narrow.cut_norm(norm, hidden, head) - spec.norm_offset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -30,13 +29,12 @@ def make_sparse(model: Model, settings: PruneSettings, shelf: Shelf, tell: Tell)
     made.check()
     layers = len(model.spec.layers)
     blind = settings.method == "magnitude"
-    gathering = nullcontext() if blind else calibrated(model, settings.calibration, shelf.folder, half(tell, 0))
-    with gathering as statistics, torch.no_grad():
+    found = None if blind else calibrated(model, settings.calibration, settings.cache, half(tell, 0))
+    with torch.no_grad():
         for index in range(layers):
-            made.layer(index, {} if statistics is None else statistics.layer(index).inputs)
-            half(tell, 0 if blind else 1)(index + 1, layers)
-        report = None if statistics is None else statistics.text.report()
-    return made.pruned(settings, report)
+            made.layer(index, {} if found is None else found.statistics.layer(index).inputs)
+            half(tell, 1)(index + 1, layers)
+    return made.pruned(settings, None if found is None else found.text.report())
 
 
 def half(tell: Tell, which: int) -> Tell:

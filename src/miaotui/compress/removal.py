@@ -12,10 +12,9 @@ from functools import partial
 
 import torch
 
-from miaotui.backends.ops import NormWeight
+from miaotui.compress.calibrate import FinalNorm
 from miaotui.compress.layers import read_layer, read_matrix, run_layer
 from miaotui.compress.places import Model
-from miaotui.compress.types import InputStatistics, Place
 from miaotui.compress.windows import WindowLinear, WindowOps
 
 ROWS_AT_ONCE = 256
@@ -34,7 +33,7 @@ class Streams:
 
     def costs(self, product: torch.dtype) -> list[float]:
         """Mean KL(model ‖ variant) of the next token, in nats, of each variant."""
-        probabilities = partial(_Ends(self.model, product).log_probabilities)
+        probabilities = _Ends(self.model, product).log_probabilities
         totals = [0.0] * len(self.without)
         whole, others = self.whole.flatten(0, 1), [stream.flatten(0, 1) for stream in self.without]
         for start in range(0, len(whole), ROWS_AT_ONCE):
@@ -44,12 +43,6 @@ class Streams:
                 found = probabilities(other[rows])
                 totals[i] += float((meant.exp() * (meant - found)).sum(dim=1).double().sum())
         return [total / len(whole) for total in totals]
-
-    def head_inputs(self) -> InputStatistics:
-        """Statistics of what the model's head reads."""
-        x = _Ends(self.model, torch.float32).normalised(self.whole.flatten(0, 1))
-        low, high = torch.aminmax(x, dim=0)
-        return InputStatistics(x.T @ x, x.abs().mean(dim=0), low, high, len(x))
 
 
 def run_without(
@@ -90,21 +83,10 @@ class _Ends:
         self.spec = model.spec
         self.ops = WindowOps(1, product=product)
         self.head = WindowLinear((read_matrix(model, "head").to(product),), key="head")
-        weight = _values(model, Place("norm"))
-        bias = Place("norm", bias=True)
-        offset = _values(model, bias) if bias.name(model.names) in model.present else None
-        self.norm = NormWeight(weight, offset, self.spec.norm_eps, len(weight), self.spec.norm_kind)
-
-    def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.ops.norm(hidden, self.norm)
+        self.norm = FinalNorm(model)
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the next token `[rows, vocabulary]`, after streams `[rows, hidden]`."""
         spec = self.spec
-        x = self.normalised(hidden)
-        logits = self.ops.logits(x, self.head, scale=spec.logits_scale, softcap=spec.logits_softcap)
+        logits = self.ops.logits(self.norm(hidden), self.head, scale=spec.logits_scale, softcap=spec.logits_softcap)
         return torch.log_softmax(logits, dim=1)
-
-
-def _values(model: Model, place: Place) -> torch.Tensor:
-    return torch.from_numpy(model.values(place).dense32().copy())
