@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from miaotui.cli.load import as_served
 from miaotui.cli.options import MODEL, as_flags, measured_engine_options, split_names, take_engine
 
 
@@ -57,6 +58,8 @@ def command(
         raise click.UsageError("--profile has cases of its own; leave --regimes and --repeat out.")
     names = split_names(regimes, "--regimes")
     engine = take_engine(options)
+    if not dummy_weights:
+        engine = as_served(model, engine)
     from miaotui.cli.probes import native_probes
     from miaotui.measure import profile as profiling
     from miaotui.measure import report as reporting

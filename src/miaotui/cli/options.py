@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from miaotui.errors import RequestError, UsageError
 
@@ -67,9 +68,10 @@ ENGINE = {
         "--prefix-cache-bytes", type=Size(), help="The most that file may take: 512M, 2G.  [default: 1G]"
     ),
     "speculative": click.option(
-        "--speculative", "--speculative-config", "speculative", metavar="ngram|JSON",
+        "--speculative", "--speculative-config", "speculative", metavar="ngram|JSON|none",
         help="Guess tokens and check them together; the answer stays the same. ngram repeats what stood there before; "
-        '{"model": "…", "num_speculative_tokens": 4} asks a small model of the same tokenizer.',
+        '{"model": "…", "num_speculative_tokens": 4} asks a small model of the same tokenizer.  '
+        "[default: what the model recommends, else none]",
     ),
     "threads": click.option(
         "--threads", type=click.IntRange(min=1), help="Compute threads.  [default: one a physical core]"
@@ -125,7 +127,13 @@ def take_engine(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for one that would do nothing without another.
     """
-    engine = {name: value for name in ENGINE if (value := options.pop(name, None)) is not None}
+    context = click.get_current_context(silent=True)
+    engine: dict[str, Any] = {}
+    for name in ENGINE:
+        value = options.pop(name, None)
+        left = context is not None and context.get_parameter_source(name) is ParameterSource.DEFAULT
+        if value is not None and not left:
+            engine[name] = value
     if "prefix_cache_bytes" in engine and "prefix_cache_file" not in engine:
         raise UsageError("--prefix-cache-bytes bounds a file that is not named.", "Add --prefix-cache-file FILE.")
     return engine
