@@ -110,6 +110,6 @@ def _opacus() -> tuple[Any, Any, Any]:
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError as error:
         raise DependencyError(
-            f"Differential privacy is Opacus's, which is not installed ({error}).", "Install it: pip install opacus."
+            f"Differential privacy is Opacus's, which is not installed ({error}).", "Install it: pip install 'miaotui[private]'."
         ) from error
     return accountants, optimizers, get_noise_multiplier
