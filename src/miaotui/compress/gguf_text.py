@@ -191,10 +191,10 @@ def check_tokenizer(source: Checkpoint, preview: Preview) -> None:
 def tokenizer_difference(one: Tokenizer, other: Tokenizer) -> str | None:
     """What another tokenizer does in its own way, as words for an error; None where nothing was found.
 
-    What GGUF does not hold of an added token (whether it swallows the spaces around it) is left out, and the other may
-    know more tokens that end an answer.
+    Left out is what GGUF does not hold: whether an added token swallows the spaces around it, and that Metaspace puts
+    no space before a text that begins with one, as SentencePiece does. The other may know more ends of an answer.
     """
-    for text in _probes():
+    for text in map(str.lstrip, _probes()) if _metaspace(one.backend) else _probes():
         if one.encode(text) != other.encode(text):
             return f"give other tokens for {text[:40]!r}"
     for index, token in one.backend.get_added_tokens_decoder().items():
@@ -203,6 +203,10 @@ def tokenizer_difference(one: Tokenizer, other: Tokenizer) -> str | None:
     if not set(one.eos_ids) <= set(other.eos_ids) or one.bos_id != other.bos_id:
         return "begin or end a text with other tokens"
     return None
+
+
+def _metaspace(backend: tokenizers.Tokenizer) -> bool:
+    return backend.pre_tokenizer is not None and '"Metaspace"' in str(backend.pre_tokenizer.__getstate__())
 
 
 def _probes() -> Iterator[str]:
