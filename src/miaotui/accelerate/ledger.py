@@ -7,7 +7,7 @@ and on the seconds that the journal holds, not on a clock: run again, it takes t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -45,20 +45,26 @@ class Ledger:
 
     def build(self, recipe: Recipe) -> Built:
         key = Candidate(recipe).weights_key
-        return self._once(f"build {key}", lambda: self._workshop.build(recipe), built_of)
+        return self._once(f"build {key}", lambda: asdict(self._workshop.build(recipe)), built_of)
 
     def score(self, candidate: Candidate, windows: range) -> Scores:
         action = f"score {candidate.answers_key} {windows.start}-{windows.stop}"
-        return self._once(action, lambda: self._workshop.score(candidate, windows), scores_of)
+        return self._once(action, lambda: asdict(self._workshop.score(candidate, windows)), scores_of)
 
     def duel(self, candidate: Candidate, rounds: int, turn: str) -> Duel:
         """`turn` tells duels of one candidate apart."""
-        return self._once(f"duel {candidate.key} {turn}", lambda: self._workshop.duel(candidate, rounds), duel_of)
+        action = f"duel {candidate.key} {turn}"
+        return self._once(action, lambda: asdict(self._workshop.duel(candidate, rounds)), duel_of)
 
     def confirm(self, candidate: Candidate) -> Confirmation:
-        return self._once(f"confirm {candidate.key}", lambda: self._workshop.confirm(candidate), confirmation_of)
+        action = f"confirm {candidate.key}"
+        return self._once(action, lambda: asdict(self._workshop.confirm(candidate)), confirmation_of)
 
-    def _once(self, action: str, perform: Callable[[], Any], parse: Callable[[Any], T]) -> T:
+    def note(self, action: str, perform: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Anything else that is measured, as plain values; done once like the rest."""
+        return self._once(action, perform, lambda found: found)
+
+    def _once(self, action: str, perform: Callable[[], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
         """Raises FailedError for a candidate that cannot be had; what would stop every candidate goes through."""
         entry = self._journal.entries.get(action)
         if entry is None:
@@ -70,10 +76,10 @@ class Ledger:
             raise FailedError(entry.error[0])
         return parse(entry.result)
 
-    def _perform(self, perform: Callable[[], Any]) -> Entry:
+    def _perform(self, perform: Callable[[], Mapping[str, Any]]) -> Entry:
         started = self._clock()
         try:
-            result = asdict(perform())
+            result = perform()
         except (DependencyError, InterruptedWorkError):
             raise
         except MiaotuiError as error:

@@ -6,10 +6,10 @@ a measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from miaotui.accelerate import goals
-from miaotui.accelerate.goals import Figures, Goal
+from miaotui.accelerate.goals import COSTS, Figures, Goal, Workload
 from miaotui.accelerate.source import Source
 from miaotui.accelerate.space import Candidate, average_bits
 from miaotui.compress.recipe import parse_scheme
@@ -27,6 +27,7 @@ class Predictor:
 
     source: Source
     limits: Ceilings
+    load: Workload = field(default_factory=Workload)
 
     def gain(self, goal: Goal, candidate: Candidate) -> float:
         """How many times as good as the original, both at their ceilings."""
@@ -34,19 +35,28 @@ class Predictor:
 
     def figures(self, candidate: Candidate) -> Figures:
         """Every cost at its ceiling. Threads are taken to be those of `limits`: they are measured, not modelled."""
-        cost, limits = self._cost(candidate), self.limits
-        prefill = cost.seconds(cost.step([goals.PROMPT], new_tokens=goals.PROMPT), limits)
-        token = cost.seconds(cost.step([goals.PROMPT + goals.ANSWER // 2]), limits)
-        served = min(goals.STREAMS, candidate.serving.max_num_seqs)
-        prompts = cost.seconds(cost.step([goals.STREAM_PROMPT] * served, new_tokens=goals.STREAM_PROMPT), limits)
-        step = cost.seconds(cost.step([goals.STREAM_PROMPT + goals.STREAM_ANSWER // 2] * served), limits)
-        streams = (prompts + goals.STREAM_ANSWER * step) / (served * goals.STREAM_ANSWER)
-        cache = cost.cache_bytes * (goals.PROMPT + goals.ANSWER)
+        cost, limits, load = self._cost(candidate), self.limits, self.load
+        prefill = cost.seconds(cost.step([load.prompt], new_tokens=load.prompt), limits)
+        token = cost.seconds(cost.step([load.prompt + load.answer // 2]), limits)
+        served = min(load.streams, candidate.serving.max_num_seqs)
+        prompts = cost.seconds(cost.step([load.stream_prompt] * served, new_tokens=load.stream_prompt), limits)
+        step = cost.seconds(cost.step([load.stream_prompt + load.stream_answer // 2] * served), limits)
+        streams = (prompts + load.stream_answer * step) / (served * load.stream_answer)
         return {
-            "answer": prefill + goals.ANSWER * token,
+            "answer": prefill + load.answer * token,
             "streams": streams,
-            "memory": self.weight_bytes(candidate) + cache + HEADROOM,
+            "memory": self.weight_bytes(candidate) + cost.cache_bytes * load.longest + HEADROOM,
         }
+
+    def round_seconds(self, goal: Goal) -> float:
+        """About what the original takes for one round of what a duel of this goal measures, at its ceiling."""
+        figures, load = self.figures(Candidate(None)), self.load
+        each = {
+            "answer": figures["answer"],
+            "streams": figures["streams"] * load.streams * load.stream_answer,
+            "memory": figures["answer"],
+        }
+        return sum(each[cost] for cost in COSTS[goal])
 
     def weight_bytes(self, candidate: Candidate) -> int:
         """Of all weights, as they would be stored."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,6 +197,17 @@ class Divergence:
     flipped: Values
 
 
+class Speaker(Protocol):
+    """What gives logits: a Scorer, or a recording of one."""
+
+    @property
+    def model(self) -> str: ...
+
+    def logits(self, window: Window) -> Iterator[Logits]:
+        """Rows for the window's targets in their order, `[rows, vocabulary]`; each chunk is valid until the next."""
+        ...
+
+
 class Rows:
     """Reads rows of logits on `threads` threads (numpy lets go of the GIL), in float64, row by row: a row and its
     temporaries stay in the cache. Close it, or use it in a `with`."""
@@ -211,7 +222,7 @@ class Rows:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def nll(self, scorer: Scorer, window: Window) -> Values:
+    def nll(self, scorer: Speaker, window: Window) -> Values:
         """-log p of each of the window's targets, natural logarithm."""
         found, at = np.empty(len(window.targets)), 0
         for logits in scorer.logits(window):
@@ -220,7 +231,7 @@ class Rows:
             at += len(logits)
         return _finite(found, scorer.model)
 
-    def divergence(self, reference: Scorer, scorer: Scorer, window: Window) -> Divergence:
+    def divergence(self, reference: Speaker, scorer: Speaker, window: Window) -> Divergence:
         """How the model differs from the reference on the same tokens; their vocabularies must be the same."""
         found, at = np.empty((len(window.targets), 4)), 0
         for original, logits in zip(reference.logits(window), scorer.logits(window), strict=True):

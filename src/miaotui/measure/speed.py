@@ -272,12 +272,17 @@ def _start(subject: Subject) -> list[float]:
 
 
 def _peak_memory(subject: Subject) -> list[float]:
+    return [peak_memory(subject.settings) / 1e6]
+
+
+def peak_memory(settings: Settings) -> float:
+    """The most resident bytes of a new process that answers a question of some 250 tokens with 32."""
     question = "Write a list of one hundred animals, one on each line. " * 20
-    with _spawn(subject.settings, question, ["--max-tokens", "32", "--temperature", "0", "--json"]) as process:
+    with _spawn(settings, question, ["--max-tokens", "32", "--temperature", "0", "--json"]) as process:
         assert process.stdout is not None
         output = process.stdout.read()
     _check(process.returncode, output)
-    return [json.loads(output)["peak_memory_bytes"] / 1e6]
+    return float(json.loads(output)["peak_memory_bytes"])
 
 
 def _spawn(settings: Settings, prompt: str, flags: Sequence[str], bufsize: int = -1) -> subprocess.Popen[bytes]:
