@@ -153,7 +153,7 @@ def test_it_starts_at_the_rounder_s_codes_as_near_the_weight_as_it_may() -> None
     assert float(distance.max()) <= 0.45 + 1e-6
     exact = (weight.view(WIDTH, -1, 16) / start.grid.scale[..., None] + 4).flatten(1)
     near = (exact - start.codes).abs() < 0.45
-    assert bool(near.any()) and not bool(near.all())
+    assert 0.3 < float(near.float().mean()) < 1
     torch.testing.assert_close(learned.u.detach().flatten(1)[near], exact[near])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from miaotui.compress.methods.grid import Fit, Grid, Minimum, Quantised, fit, quantised
+from miaotui.compress.methods.polish import Column, polish
 from miaotui.errors import UsageError
 from miaotui.quant.scheme import QuantScheme
 
@@ -22,15 +23,21 @@ TRIES = 8
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """damping: share of the mean of the moment's diagonal that is added to it. order: columns by falling activation."""
+    """damping: share of the mean of the moment's diagonal that is added to it. order: columns by falling activation.
+
+    fit: how ranges are chosen, see `grid.fit`. polish: turns of `polish.polish` afterwards.
+    """
 
     damping: float = 0.01
     order: bool = True
     fit: Fit = "output"
+    polish: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise UsageError(f"The damping is {self.damping}.", "Give a share from 0 to 1, such as 0.01.")
+        if self.polish < 0:
+            raise UsageError(f"Polishing is to take {self.polish} turns.", "Give 0 or more; 1 gains most.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +71,7 @@ def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor
     flipped = moment[reverse][:, reverse]
     at = torch.arange(len(diagonal))
     flipped[at, at] += dead[reverse].float()
-    mean = float(flipped.diagonal().mean())
+    mean = _mean(moment)
     damping = options.damping
     for _ in range(TRIES):
         damped = flipped.clone()
@@ -77,6 +84,12 @@ def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor
                 return Factor(inverse.flip(0, 1).contiguous(), order, dead, damping)
         damping *= 10
     raise AssertionError("a positive semidefinite matrix with ten million times its mean added is not definite")
+
+
+def _mean(moment: torch.Tensor) -> float:
+    """Of the diagonal, with 1 for an input that never occurs."""
+    diagonal = moment.diagonal()
+    return float(torch.where(diagonal <= 0, 1.0, diagonal).mean())
 
 
 def gptq(
@@ -98,6 +111,9 @@ def gptq(
     alive = torch.where(shared.dead, 0.0, weight)
     grid = grid or fit(alive, scheme, options.fit, moment=moment, minimum=minimum)
     codes = _solve(alive, grid, shared)
+    if options.polish:
+        damped = moment + shared.damping * _mean(moment) * torch.eye(len(moment))
+        grid, codes = polish(alive, grid, codes, damped, options.polish)
     return quantised(grid, codes, weight, moment)
 
 
@@ -105,27 +121,15 @@ def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> torch.Tensor:
     """The codes `[out, in]`. Works on the transpose, where a column of the weight is contiguous."""
     rest = weight.T[shared.order].contiguous()
     upper, width = shared.upper, weight.shape[1]
-    scales = grid.scale.T.contiguous()
-    zeros = None if grid.zero is None else grid.zero.T.contiguous()
-    floors = None if grid.minimum is None else grid.minimum.T.contiguous()
-    group_of = (shared.order // grid.size).tolist()
+    columns, order = Column(grid), shared.order.tolist()
     pivots = upper.diagonal().tolist()
     codes = torch.empty_like(rest)
-    top = grid.top
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
         errors = torch.empty(end - start, weight.shape[0])
         for i in range(start, end):
-            column, group = rest[i], group_of[i]
-            scale = scales[group]
-            if zeros is not None:
-                zero = zeros[group]
-                code = torch.div(column, scale).round_().add_(zero).clamp_(0, top)
-                value = torch.sub(code, zero).mul_(scale)
-            else:
-                assert floors is not None
-                code = torch.sub(column, floors[group]).div_(scale).round_().clamp_(0, top)
-                value = torch.addcmul(floors[group], code, scale)
+            column = rest[i]
+            code, value = columns.nearest(column, order[i])
             codes[i] = code
             error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i])
             if i + 1 < end:
