@@ -19,7 +19,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from miaotui.accelerate.publish import publish
 from miaotui.serve.page import WEB, add_card
+from tests.accelerate.cards import make_card
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page's tests need playwright: pip install -e .[dev]"
@@ -669,14 +671,91 @@ def test_an_odd_card_breaks_nothing(address: str, visit: Open) -> None:
         assert shown == (card if isinstance(card, dict) else None)
 
 
-def test_the_server_gives_the_card_that_lies_beside_the_model(tmp_path: Path) -> None:
+def measured_card() -> dict[str, Any]:
+    """A card that accelerate would leave, with markup where words belong."""
+    card = make_card(caveats=("<img src=x onerror=alert(1)>", "Measured on one text."))
+    return card.plain()
+
+
+def show_card(page: Any, card: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
+    page.route("**/card.json", lambda route: route.fulfill(body=json.dumps(card), headers=headers or {}))
+    page.reload()
+    expect(page.locator("#model")).to_be_enabled()
+    if page.locator("#panel").is_hidden():
+        page.get_by_role("button", name="Side panel").click()
+    page.get_by_role("tab", name="Card").click()
+    return page.locator("#pane-card")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_measured_card_is_drawn(address: str, visit: Open, width: int) -> None:
+    page = visit(address, width=width)
+    pane = show_card(page, measured_card(), {"Link": '<report.html>; rel="alternate"'})
+    assert pane.locator("h3").inner_text() == "smollm2-fast"
+    rows = [[" ".join(cell.split()) for cell in row.inner_text().split("\t")] for row in pane.locator("tbody tr").all()]
+    assert ["Decode-1@512 tokens/s", "61.2 60 – 62.1", "262 257 – 266", "4.28×"] in rows
+    assert ["Weights MB", "269", "98.3", "2.74×"] in rows
+    assert any(row[-1] == "+0.43% +0.21% – +0.65%" for row in rows)
+    text = pane.inner_text()
+    assert text.index("Read this first") < text.index("Speed and size")
+    assert "int8 cache — dropped. 1% slower" in text
+    assert pane.locator("img").count() == 0
+    assert pane.get_by_role("link", name="Charts and every trial").get_attribute("href") == "report.html"
+    assert page.evaluate(OVERFLOW) == []
+    assert all(pane.locator(".table").nth(i).evaluate("(e) => e.scrollWidth <= e.clientWidth") for i in range(2))
+    if width < 1000:
+        page.keyboard.press("Escape")
+    page.get_by_role("button", name="切换到中文").click()
+    expect(pane.get_by_role("columnheader", name="速度与大小", include_hidden=True)).to_have_count(1)
+
+
+def test_a_measured_card_with_little_in_it_is_drawn_too(address: str, visit: Open) -> None:
+    page = visit(address)
+    card = measured_card()
+    card["artefact"]["recipe"] = card["quality"]["after"] = None
+    card["speed"]["after"] = card["artefact"]["techniques"] = card["caveats"] = []
+    pane = show_card(page, card)
+    assert "the original was kept" in pane.inner_text()
+    assert pane.get_by_role("link").count() == 0
+    pane = show_card(page, {"schema_version": 1, "model": {"name": "half a card"}})
+    assert "half a card" in pane.inner_text()
+
+
+def test_the_server_gives_what_lies_beside_the_model(tmp_path: Path) -> None:
     app = FastAPI()
-    card = tmp_path / "card.json"
-    add_card(app, lambda: card if card.is_file() else None)
+    add_card(app, lambda: tmp_path)
     with TestClient(app) as client:
-        assert client.get("/card.json").status_code == 404
-        card.write_text('{"schema": 1}')
-        assert client.get("/card.json").json() == {"schema": 1}
+        assert client.get("/card.json").status_code == client.get("/report.html").status_code == 404
+        (tmp_path / "card.json").write_text('{"schema": 1}')
+        answer = client.get("/card.json")
+        assert answer.json() == {"schema": 1}
+        assert "link" not in answer.headers
+        (tmp_path / "report.html").write_text("<p>figures")
+        assert client.get("/card.json").headers["link"] == '<report.html>; rel="alternate"'
+        report = client.get("/report.html")
+        assert report.text == "<p>figures"
+        assert report.headers["content-security-policy"].startswith("sandbox allow-scripts; default-src 'none';")
+
+
+def test_a_report_is_shown_and_kept_from_the_page(browser: Any, tmp_path: Path) -> None:
+    """Its charts are drawn; what it runs can neither ask the server nor read what the page keeps."""
+    publish(make_card(), tmp_path)
+    path = tmp_path / "report.html"
+    spy = "try { localStorage.length; document.title = 'read'; } catch { document.title = 'kept'; }"
+    path.write_text(
+        path.read_text() + f"<script>{spy} fetch('card.json').catch(() => document.title += ' out');</script>"
+    )
+    app = FastAPI()
+    add_card(app, lambda: tmp_path)
+    with TestClient(app) as client:
+        headers = client.get("/report.html").headers
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("http://report.test/**", lambda route: route.fulfill(path=path, headers=dict(headers)))
+    page.goto("http://report.test/report.html")
+    expect(page).to_have_title("kept out")
+    assert page.locator("svg.pareto.wide .mark").count() == 8
+    context.close()
 
 
 # -- keys and safety -------------------------------------------------------------------------------------

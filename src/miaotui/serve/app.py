@@ -60,7 +60,7 @@ def create_app(
     if batches is not None:
         add_batches(app, batches, settings.max_file_bytes)
     add_page(app)
-    add_card(app, lambda: service.card)
+    add_card(app, lambda: service.artefact)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from fastapi import FastAPI, HTTPException
 from starlette.responses import FileResponse
 
+from miaotui.checkpoint.beside import CARD, REPORT, find_beside
+
 WEB = Path(__file__).parent / "web"
 _INDEX = "index.html"
 _TYPES = {
@@ -42,16 +44,43 @@ def page_paths(folder: Path = WEB) -> frozenset[str]:
     return frozenset(files | {"/"})
 
 
-def add_card(app: FastAPI, card: Callable[[], Path | None]) -> None:
-    """Serve the model's card at `/card.json`, where `card` knows of one; 404 else, and the page shows none."""
+def add_card(app: FastAPI, artefact: Callable[[], Path | None]) -> None:
+    """Serve the model's card at `/card.json` and its report at `/report.html`, where `artefact` has them beside it.
+
+    404 else, and the page shows none. A report is whoever's who made the model: it gets an origin of its own, in which
+    it can neither ask this server nor read what the page keeps.
+    """
+
+    def find(name: str) -> Path | None:
+        path = artefact()
+        return None if path is None else find_beside(path, name)
 
     @app.get("/card.json", response_class=FileResponse, responses={404: {"description": "The model has no card."}})
     async def send() -> FileResponse:
         """What was measured of the model when it was made, against the original."""
-        path = card()
+        path = find(CARD)
         if path is None:
             raise HTTPException(404, "The model has no card")
-        return FileResponse(path, headers={"cache-control": "no-cache"}, media_type="application/json")
+        headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
+        if find(REPORT) is not None:
+            headers["link"] = '<report.html>; rel="alternate"'
+        return FileResponse(path, headers=headers, media_type="application/json")
+
+    @app.get("/report.html", response_class=FileResponse, responses={404: {"description": "The model has no report."}})
+    async def report() -> FileResponse:
+        """The same as a page with charts."""
+        path = find(REPORT)
+        if path is None:
+            raise HTTPException(404, "The model has no report")
+        return FileResponse(path, headers=_HEADERS | _ALONE, media_type=_TYPES[".html"])
+
+
+_ALONE = {
+    "content-security-policy": (
+        "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+}
 
 
 def _add_file(app: FastAPI, path: str, file: Path) -> None:

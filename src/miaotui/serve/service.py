@@ -77,13 +77,9 @@ class Service:
         self._worker.start()
 
     @property
-    def card(self) -> Path | None:
-        """The model's card: the file card.json in its folder, where one is."""
-        if self._llm is None:
-            return None
-        path = self._llm.path
-        card = (path if path.is_dir() else path.parent) / "card.json"
-        return card if card.is_file() else None
+    def artefact(self) -> Path | None:
+        """The model's folder or file, beside which its card may lie; None before it is loaded."""
+        return None if self._llm is None else self._llm.path
 
     @property
     def state(self) -> str:

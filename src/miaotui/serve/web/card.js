@@ -1,8 +1,9 @@
 // The model's card, where the server has one: whatever card.json holds, as tables that a person can read.
 
-import { ApiError, call } from "./api.js";
+import { ApiError, call, key } from "./api.js";
 import { find, make, worded } from "./dom.js";
 import { language, number, t } from "./i18n.js";
+import { measured as drawn } from "./measured.js";
 
 const BEFORE = ["before", "original"];
 const AFTER = ["after", "result"];
@@ -11,14 +12,17 @@ const HIDDEN = new Set(["schema", "model", "summary", "title"]);
 export class Card {
   constructor() {
     this.card = null;
+    this.report = null;
     document.addEventListener("languagechanged", () => this.draw());
   }
 
   /** Fetches the card; without one (404) or without a connection the tab stays hidden. */
   async load() {
     try {
-      const card = await (await call("card.json")).json();
+      const response = await call("card.json");
+      const card = await response.json();
       this.card = typeof card === "object" && !Array.isArray(card) ? card : null;
+      this.report = key.get() ? null : linked(response.headers.get("Link")); // a link cannot bring a key
       this.draw();
     } catch (error) {
       this.card = null;
@@ -29,6 +33,11 @@ export class Card {
 
   draw() {
     if (!this.card) return;
+    const known = drawn(this.card, this.report);
+    if (known) {
+      find("#pane-card").replaceChildren(...known);
+      return;
+    }
     const { model, summary } = this.card;
     const name = typeof model === "string" ? model : model?.name;
     const head = [name ? make("h3", {}, name) : worded("h3", {}, "cardTitle")];
@@ -38,6 +47,9 @@ export class Card {
     find("#pane-card").replaceChildren(...head, ...sections(rest));
   }
 }
+
+/** The report's address, where the server names one. */
+const linked = (header) => /^<(report\.html)>; rel="alternate"$/.exec(header ?? "")?.[1] ?? null;
 
 /** Top-level facts in one list, then a section for each thing that has parts. */
 function sections(entries) {
