@@ -169,6 +169,23 @@ class Recipe:
         schemes = (self.scheme, *(override.scheme for override in self.overrides))
         return any(parse_scheme(scheme).inputs.endswith("-static") for scheme in schemes)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of the original's activations are needed; a recipe that propagates gathers its own."""
+        return self.budget is not None or (self.calibrates and not self.propagate and not self._only_trains)
+
+    @property
+    def _only_trains(self) -> bool:
+        """Whether nothing but training looks at activations."""
+        rest = replace(self, method="+".join(step for step in self.steps if step not in TUNERS), options={
+            step: values for step, values in self.options.items() if step not in TUNERS
+        })  # fmt: skip
+        return not rest.calibrates
+
+    def overriding(self, name: str) -> set[str]:
+        """The override that counts for a linear, if any."""
+        return {o.match for o in self.overrides if fnmatchcase(name, o.match)}
+
     def scheme_of(self, name: str, scale_type: ScaleType) -> LinearScheme:
         """How the linear of that name (without `.weight`) is stored."""
         text = next((o.scheme for o in self.overrides if fnmatchcase(name, o.match)), self.scheme)

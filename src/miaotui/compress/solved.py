@@ -173,3 +173,10 @@ class Solved:
     def tensor(self, place: Place) -> Coded:
         path, kind = self._kinds[place]
         return _read(path, place, kind)
+
+
+class Planned(Solved):
+    """Schemes that nothing was solved for yet, to ask a writer whether it could hold them."""
+
+    def places(self) -> Sequence[Place]:
+        return []

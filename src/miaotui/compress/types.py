@@ -147,15 +147,26 @@ class Solution(Protocol):
     layer (and the embedding and head where they are coded). A writer maps places to the names of its format.
     """
 
-    source: Checkpoint
-    spec: ModelSpec
-    names: Names
-    schemes: Mapping[Place, LinearScheme]
-    input_scales: Mapping[Place, float]
-    """Of linears with static inputs: x ≈ scale · code."""
-    kv_scales: Mapping[int, tuple[float, float]]
-    """Of each layer's keys and values, where the cache is to be coded."""
-    kv_scheme: KvScheme
+    @property
+    def source(self) -> Checkpoint: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def names(self) -> Names: ...
+    @property
+    def schemes(self) -> Mapping[Place, LinearScheme]: ...
+    @property
+    def input_scales(self) -> Mapping[Place, float]:
+        """Of linears with static inputs: x ≈ scale · code."""
+        ...
+
+    @property
+    def kv_scales(self) -> Mapping[int, tuple[float, float]]:
+        """Of each layer's keys and values, where the cache is to be coded."""
+        ...
+
+    @property
+    def kv_scheme(self) -> KvScheme: ...
 
     def places(self) -> Sequence[Place]:
         """All that changed: coded weights, folded norms and biases."""

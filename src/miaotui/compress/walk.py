@@ -38,6 +38,7 @@ from miaotui.compress.solved import Part, Solved, about, save
 from miaotui.compress.statistics import Gathering, LayerStatistics
 from miaotui.compress.types import Coded, InputStatistics, Layer, LinearScheme, Place
 from miaotui.errors import UsageError
+from miaotui.model.spec import ModelSpec
 from miaotui.quant.rounding import bfloat16_bits, to_scale_type
 from miaotui.quant.scheme import QuantScheme, ScaleType
 from miaotui.quant.tensor import DenseTensor
@@ -111,7 +112,6 @@ def scale_type_of(recipe: Recipe, model: Model) -> ScaleType:
 
 def walk(work: Work, tell: Tell = silent) -> Solved:
     """Solve every layer that is not solved yet, and the ends of the model."""
-    check_tables(work)
     work.folder.mkdir(parents=True, exist_ok=True)
     layers = len(work.model.spec.layers)
     clock = Clock(tell, "solve", layers)
@@ -128,13 +128,13 @@ def walk(work: Work, tell: Tell = silent) -> Solved:
     return Solved(work.model.checkpoint, work.model.spec, work.model.names, work.recipe.kv_cache, work.folder, known)
 
 
-def check_tables(work: Work) -> None:
+def check_tables(recipe: Recipe, steps: Steps, spec: ModelSpec) -> None:
     """Raises UsageError for a head with a scheme of its own where it is the embedding."""
-    rotated = work.steps.rotate is not None and work.steps.rotate.r1
-    if work.model.spec.tied_head and not rotated and work.recipe.head not in ("keep", work.recipe.embedding):
+    rotated = steps.rotate is not None and steps.rotate.r1
+    if spec.tied_head and not rotated and recipe.head not in ("keep", recipe.embedding):
         raise UsageError(
             "The head of this model is its embedding, so that both have one scheme.",
-            f"Give embedding: {work.recipe.head} instead of head.",
+            f"Give embedding: {recipe.head} instead of head.",
         )
 
 
@@ -144,12 +144,11 @@ def _side_by_side(work: Work, clock: Clock) -> None:
     missing = [index for index in layers if about(work.folder, index, work.belongs_to) is None]
     clock.kept(len(layers) - len(missing))
     threads = torch.get_num_threads()
-    workers = max(1, min(threads, SIDE_BY_SIDE_BYTES // _layer_bytes(work.model)))
+    workers, each = crew(work.model)
     if workers == 1:
         for index in missing:
             clock.step(_solve(work, index))
         return
-    each = max(1, threads // workers)
     with ThreadPoolExecutor(workers, initializer=_start_worker, initargs=(each,)) as pool:
         jobs = [pool.submit(_solve, work, index) for index in missing]
         try:
@@ -159,6 +158,13 @@ def _side_by_side(work: Work, clock: Clock) -> None:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     torch.set_num_threads(threads)
+
+
+def crew(model: Model) -> tuple[int, int]:
+    """How many layers are solved side by side, and with how many threads each."""
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, SIDE_BY_SIDE_BYTES // _layer_bytes(model)))
+    return workers, max(1, threads // workers)
 
 
 def _start_worker(threads: int) -> None:
