@@ -31,6 +31,7 @@ COMMANDS = {
     "prune": "Cut what matters least out of a model, or set weights to 0.",
     "card": "Show what was measured of a model that accelerate has made.",
     "distill": "Train a smaller model to say what a larger one says.",
+    "compress": "Write a model in fewer bits, by a recipe.",
     "merge": "Merge models of one architecture into one.",
     "doctor": "Look at this machine, and whether a model fits it.",
 }
