@@ -61,8 +61,10 @@ class FakeWorkshop:
     def clock(self) -> float:
         return self.now
 
-    def build(self, recipe: Recipe) -> Built:
-        self._did(f"build {Candidate(recipe).weights_key}", 4.0 if recipe.method == "rtn" else 20.0)
+    def build(self, candidate: Candidate) -> Built:
+        recipe = candidate.recipe
+        assert recipe is not None
+        self._did(f"build {candidate.weights_key}", 4.0 if recipe.method == "rtn" else 20.0)
         if recipe.scheme in self.broken:
             raise ResourceError("There is no room for it.", "Make some.")
         return Built(1000)

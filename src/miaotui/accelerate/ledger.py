@@ -24,7 +24,6 @@ from miaotui.accelerate.trial import (
     duel_of,
     scores_of,
 )
-from miaotui.compress.recipe import Recipe
 from miaotui.errors import DependencyError, InterruptedWorkError, MiaotuiError
 
 T = TypeVar("T")
@@ -43,9 +42,8 @@ class Ledger:
         self._told: set[str] = set()
         self.windows = workshop.windows
 
-    def build(self, recipe: Recipe) -> Built:
-        key = Candidate(recipe).weights_key
-        return self._once(f"build {key}", lambda: asdict(self._workshop.build(recipe)), built_of)
+    def build(self, candidate: Candidate) -> Built:
+        return self._once(f"build {candidate.weights_key}", lambda: asdict(self._workshop.build(candidate)), built_of)
 
     def score(self, candidate: Candidate, windows: range) -> Scores:
         action = f"score {candidate.answers_key} {windows.start}-{windows.stop}"

@@ -6,7 +6,7 @@ a measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from miaotui.accelerate import goals
 from miaotui.accelerate.goals import COSTS, Figures, Goal, Workload
@@ -15,8 +15,12 @@ from miaotui.accelerate.space import Candidate, average_bits
 from miaotui.compress.recipe import parse_scheme
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.measure.fit import HEADROOM
+from miaotui.measure.speed import DECODE_TOKENS, LONGEST, REQUEST
 from miaotui.measure.work import Cost, parameters, parameters_read
+from miaotui.model.spec import ModelSpec
 
+PROCESS = 0.4
+"""Seconds that a process takes to start, as a rule."""
 CACHE_BYTES = {"auto": 2.0, "bf16": 2.0, "fp32": 4.0, "int8": 1.0625}
 """Of one number; int8 has a 16-bit scale for every 32 or so."""
 
@@ -58,16 +62,43 @@ class Predictor:
         }
         return sum(each[cost] for cost in COSTS[goal])
 
+    def regime_seconds(self, candidate: Candidate) -> dict[str, float]:
+        """About how long one sample of each regime of `measure.speed` takes at the least."""
+        cost, limits = self._cost(candidate), self.limits
+
+        def step(contexts: list[int], new_tokens: int = 1) -> float:
+            return cost.seconds(cost.step(contexts, new_tokens), limits)
+
+        def decode(context: int) -> float:
+            return step([context], context) + DECODE_TOKENS * step([context])
+
+        def throughput(requests: int) -> float:
+            return step([REQUEST] * requests, REQUEST) + REQUEST * step([3 * REQUEST // 2] * requests)
+
+        read = PROCESS + 4 * self.weight_bytes(candidate) / limits.bandwidth
+        longest = min(LONGEST, self.source.spec.max_position - DECODE_TOKENS - 1)
+        return {
+            "start": read + step([64], 64),
+            "load": read,
+            "peak-memory": read + step([256], 256) + DECODE_TOKENS * step([256]),
+            "prefill-512": step([512], 512),
+            "decode-1@16": decode(16),
+            "decode-1@512": decode(512),
+            "throughput-8": throughput(8),
+            "throughput-64": throughput(64),
+            "decode-1@long": decode(longest),
+        }
+
     def weight_bytes(self, candidate: Candidate) -> int:
         """Of all weights, as they would be stored."""
         if candidate.recipe is None:
             return self.source.weight_bytes
-        spec = self.source.spec
+        spec = self._spec(candidate)
         tables = spec.vocab_size * spec.hidden_size * (1 if spec.tied_head else 2)
         return int(self._bytes(candidate, parameters(spec) - tables, tables))
 
     def _cost(self, candidate: Candidate) -> Cost:
-        spec = self.source.spec
+        spec = self._spec(candidate)
         head = spec.vocab_size * spec.hidden_size
         read = self.source.step_bytes
         if candidate.recipe is not None:
@@ -75,6 +106,11 @@ class Predictor:
         integer = read / parameters_read(spec) < 1.5 and candidate.serving.compute != "fp32"
         numbers = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers)
         return Cost(spec, read, numbers * CACHE_BYTES[candidate.serving.kv_cache_dtype], integer)
+
+    def _spec(self, candidate: Candidate) -> ModelSpec:
+        """With as many layers as are left."""
+        spec = self.source.spec
+        return spec if candidate.blocks is None else replace(spec, layers=spec.layers[: candidate.blocks])
 
     def _bytes(self, candidate: Candidate, linears: int, tables: int) -> float:
         recipe = candidate.recipe

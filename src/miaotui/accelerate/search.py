@@ -16,7 +16,7 @@ promises clearly less than it promised of one that keeps the floor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from miaotui.accelerate.attempt import Attempt, Plan
@@ -140,10 +140,16 @@ class _Search:
             if self.attempts and not self._time_for_another(share):
                 self._leave(ordered, "the budget was spent on those that promised more")
                 return
-            ready = [c for c in ordered if not self._waits(c)] or ordered
+            ready = [c for c in ordered if not self._waits(c)]
+            if not ready:
+                self._leave(ordered, "what it depends on was not tried")
+                return
             chosen = self.pick(ready, self._tried(), fits=self._fits(share))
             ordered.remove(chosen)
             self._try(chosen, "screen")
+
+    def _depths(self) -> list[int]:
+        return sorted({c.blocks for c in self.space.weights if c.blocks is not None})
 
     def _promise(self, candidate: Candidate) -> tuple[float, int]:
         """The highest predicted gain first, the quickest method first among equals."""
@@ -184,6 +190,8 @@ class _Search:
         ratio = other.ratio
         if ratio is None or other.failed:
             return None
+        if differing == ["blocks"] and not other.holds and _layers(other.candidate) >= _layers(candidate):
+            return f"{other.name} already loses {percent(ratio.value - 1)}"
         if differing == ["method"] and other.holds:
             return f"{other.name} keeps the floor with the same numbers, and runs as fast"
         if differing == ["method"] and ratio.low is not None and ratio.low > 1 + HOPELESS * max(self.plan.floor, 0.005):
@@ -195,7 +203,11 @@ class _Search:
         return None
 
     def _waits(self, candidate: Candidate) -> bool:
-        """Exact activations are of interest once coded ones have broken the floor."""
+        """Exact activations are of interest once coded ones have broken the floor; a cut once all layers keep it."""
+        if candidate.blocks is not None:
+            more = [replace(candidate, blocks=other) for other in self._depths() if other > candidate.blocks]
+            whole = replace(candidate, blocks=None)
+            return any(not any(a.candidate == one for a in self.attempts) for one in (whole, *more))
         coded = candidate.served(compute="auto")
         return candidate != coded and not any(a.candidate == coded for a in self.attempts)
 
@@ -286,7 +298,7 @@ class _Search:
     def _examine(self, attempt: Attempt) -> None:
         recipe = attempt.candidate.recipe
         if recipe is not None:
-            attempt.built = self.ledger.build(recipe)
+            attempt.built = self.ledger.build(attempt.candidate)
         if not attempt.exact:
             for stop in looks(self.ledger.windows):
                 attempt.scores += self.ledger.score(attempt.candidate, range(len(attempt.scores), stop))
@@ -342,6 +354,10 @@ class _Search:
 
     def _leave(self, candidates: Sequence[Candidate], why: str) -> None:
         self.skipped += [(candidate, why) for candidate in candidates]
+
+
+def _layers(candidate: Candidate) -> float:
+    return float("inf") if candidate.blocks is None else candidate.blocks
 
 
 def looks(windows: int) -> Iterator[int]:

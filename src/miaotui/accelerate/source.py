@@ -48,7 +48,7 @@ class Source:
         once = "are int4" if self.stored[:2] in ("Q4", "w4") else "were int4 once"
         return (
             f"The original's weights have at most 16 values in each group of {self.grid}: they {once}. Int4 in groups"
-            f" of {self.grid} is next to lossless for that reason, which weights that never were quantised do not allow."
+            f" of {self.grid} is next to lossless for that reason: with weights that never were quantised it is not."
         )
 
 

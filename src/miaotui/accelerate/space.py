@@ -1,7 +1,8 @@
 """What can be tried on this model and this machine, and what cannot help or does not run here, with the reason.
 
-A candidate is two things. What is written: the recipe of the weights. And how that is served: number types of
-activations and cache, threads, speculation, bounds of a batch; those are recommended in the artefact (`settings.py`).
+A candidate is two things. What is written: how many layers are left, and the recipe of their weights. And how that is
+served: number types of activations and cache, threads, speculation, bounds of a batch; those are recommended in the
+artefact (`checkpoint.serving`).
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from miaotui.compress.recipe import Budget, Calibration, Recipe, parse_scheme
 METHODS = ("rtn", "hqq", "awq", "gptq", "awq+gptq")
 """From the quickest to the one that loses least, as a rule."""
 SCHEMES = (
-    "w4g128-sym", "w4g64-sym", "w4g32-sym", "w4g128-asym", "w4g64-asym", "w4g32-asym", "w8-sym", "w8g32-sym",
+    "w4g128-sym", "w4g64-sym", "w4g32-sym", "w4g128-asym", "w4g64-asym", "w4g32-asym", "w8-sym",
 )  # fmt: skip
 BUDGETS = (4.75, 5.5, 6.5)
 MIXED = ("w4g64-sym", "w8g64-sym")
 TABLES = ("w8-sym", "keep")
 """What becomes of the table of tokens and of the head."""
 GGUF_SCHEMES = ("w4g32-sym", "w4g32-asym", "w8g32-sym")
+"""Q4_0, Q4_1, Q8_0. The minimum of Q4_1 is a number of its own, where compressed-tensors has a whole zero point."""
+GGUF_METHODS = ("rtn", "gptq")
+CUTS = (0.03, 0.07, 0.13)
+"""Shares of the layers that may go."""
+LEAST_LAYERS, LEAST_BUDGET_TO_CUT = 12, 480.0
+"""Models with fewer layers are not cut; nor any in less time, which calibrating and cutting would take up."""
 
+DENSE = ("float16", "bfloat16", "float32")
 NOT_HERE = (
     ("weights in 2 or 3 bits", "this machine's kernels hold them in 4 bits: no byte is saved, and more is lost"),
     ("fp8 weights", "this machine has no kernels that multiply fp8"),
@@ -56,10 +64,11 @@ DEFAULT = Serving()
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights by `recipe` (None: the original's), served so."""
+    """Weights by `recipe` (None: the original's), of which `blocks` layers are left (None: all), served so."""
 
     recipe: Recipe | None
     serving: Serving = DEFAULT
+    blocks: int | None = None
 
     @cached_property
     def key(self) -> str:
@@ -69,7 +78,10 @@ class Candidate:
     @cached_property
     def weights_key(self) -> str:
         """The same for the same weights."""
-        return "original" if self.recipe is None else _digest(self.recipe.plain())
+        if self.recipe is None:
+            return "original"
+        cut = {} if self.blocks is None else {"blocks": self.blocks}
+        return _digest({**self.recipe.plain(), **cut})
 
     @property
     def answers_key(self) -> str:
@@ -79,7 +91,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """For people."""
-        parts = [weights_name(self.recipe)]
+        parts = [weights_name(self.recipe), *([] if self.blocks is None else [f"{self.blocks} layers left"])]
         words = {
             "compute": "computed in {}", "kv_cache_dtype": "{} cache", "threads": "{} threads",
             "speculative": "{} speculation", "max_num_seqs": "{} sequences",
@@ -90,10 +102,12 @@ class Candidate:
     def features(self) -> dict[str, str]:
         """Every choice that was made, by dimension."""
         recipe = self.recipe
-        weights = {"scheme": "original", "method": "none", "table": "keep"}
+        weights = {"scheme": "original", "method": "none", "table": "keep", "format": "original", "blocks": "all"}
         if recipe is not None:
             scheme = recipe.scheme if recipe.budget is None else f"{recipe.budget.bits:g} bits"
-            weights = {"scheme": scheme, "method": recipe.method, "table": recipe.embedding}
+            weights |= {"scheme": scheme, "method": recipe.method, "table": recipe.embedding, "format": recipe.format}
+        if self.blocks is not None:
+            weights["blocks"] = str(self.blocks)
         return {**weights, **{name: str(value) for name, value in asdict(self.serving).items()}}
 
     def served(self, **changes: Any) -> Candidate:
@@ -112,7 +126,8 @@ def weights_name(recipe: Recipe | None) -> str:
         recipe.scheme if recipe.budget is None else f"{recipe.budget.bits:g} bits of {'/'.join(recipe.budget.choices)}"
     )
     table = {recipe.embedding, recipe.head} - {"keep"}
-    return f"{scheme} by {recipe.method}" + (f", tokens {'/'.join(sorted(table))}" if table else "")
+    parts = [f"{scheme} by {recipe.method}", *(f"tokens {name}" for name in sorted(table))]
+    return ", ".join([*parts, *(["as GGUF"] if recipe.format == "gguf" else [])])
 
 
 def average_bits(recipe: Recipe, width: int) -> float:
@@ -129,45 +144,73 @@ class Space:
     dropped: tuple[tuple[str, str], ...] = field(default=())
 
 
-def make_space(source: Source, goal: Goal, cores: int, processors: int, calibration: Calibration) -> Space:
-    """Everything that this source can become and this machine runs."""
+def make_space(
+    source: Source, goal: Goal, cores: int, processors: int, calibration: Calibration, budget: float
+) -> Space:
+    """Everything that this source can become and this machine runs, in a budget of so many seconds."""
     dropped = list(NOT_HERE)
+    recipes = [*_gguf(source, calibration)]
+    if source.format != "gguf":
+        recipes = [*_folders(source, calibration, dropped), *recipes]
+    plain = [Candidate(recipe, Serving(compute=compute)) for recipe in recipes for compute in ("auto", "fp32")]
+    cut = [
+        Candidate(recipe, blocks=blocks)
+        for blocks in _cuts(source, budget, dropped)
+        for recipe in recipes
+        if recipe.format != "gguf"
+    ]
+    return Space((*plain, *cut), tuple(_servings(goal, cores, processors)), tuple(dropped))
+
+
+def _folders(source: Source, calibration: Calibration, dropped: list[tuple[str, str]]) -> Iterator[Recipe]:
+    """Recipes for compressed-tensors."""
+    tied = source.spec.tied_head
     schemes = list(_fitting(source, dropped))
-    tied, gguf = source.spec.tied_head, source.format == "gguf"
     bases = [
-        Recipe(scheme=scheme, method=method, embedding=table, head="keep" if tied else table, calibration=calibration,
-               format="gguf" if gguf else "compressed-tensors")
+        Recipe(scheme=scheme, method=method, embedding=table, head="keep" if tied else table, calibration=calibration)
         for scheme, method, table in product(schemes, METHODS, TABLES)
-        if not (gguf and table == "w8-sym")
-    ]  # fmt: skip
-    mixed = []
-    if not gguf and all(scheme in schemes for scheme in ("w4g64-sym", "w8-sym")):
-        mixed = [
-            replace(base, scheme=MIXED[0], budget=Budget(bits, MIXED))
-            for base in bases
-            if base.scheme == MIXED[0] and base.method in ("rtn", "gptq")
-            for bits in BUDGETS
-        ]
-    recipes = [*bases, *mixed]
-    computes = ("auto", "fp32")
-    weights = tuple(Candidate(recipe, Serving(compute=compute)) for recipe in recipes for compute in computes)
-    return Space(weights, tuple(_servings(goal, cores, processors)), tuple(dropped))
+    ]
+    yield from bases
+    if not {"w4g64-sym", "w8-sym"} <= set(schemes):
+        return
+    for base in bases:
+        if base.scheme == MIXED[0] and base.method in ("rtn", "gptq"):
+            yield from (replace(base, budget=Budget(bits, MIXED)) for bits in BUDGETS)
+
+
+def _gguf(source: Source, calibration: Calibration) -> Iterator[Recipe]:
+    """Recipes for GGUF; of a folder, with the tables in 8 bits, as its readers have them."""
+    tables = ("keep", "w8g32-sym")
+    for scheme, method, table in product(GGUF_SCHEMES, GGUF_METHODS, tables):
+        head = "keep" if source.spec.tied_head else table
+        yield Recipe(scheme=scheme, method=method, embedding=table, head=head, calibration=calibration, format="gguf")
+
+
+def _cuts(source: Source, budget: float, dropped: list[tuple[str, str]]) -> Iterator[int]:
+    """How many layers may be left."""
+    layers = len(source.spec.layers)
+    if source.stored not in DENSE:
+        dropped.append(("fewer layers", f"its weights are {source.stored}, and only plain numbers can be cut"))
+    elif layers < LEAST_LAYERS:
+        dropped.append(("fewer layers", f"it has {layers}, of which none can be spared"))
+    elif budget < LEAST_BUDGET_TO_CUT:
+        least = f"{LEAST_BUDGET_TO_CUT / 60:g}m"
+        dropped.append(("fewer layers", f"finding those to spare takes more than this budget: give --budget {least}"))
+    else:
+        yield from sorted({layers - max(1, round(share * layers)) for share in CUTS}, reverse=True)
+    dropped.append(("training after a cut", "it takes hours on a CPU: cut and distil by hand with miaotui distill"))
 
 
 def _fitting(source: Source, dropped: list[tuple[str, str]]) -> Iterator[str]:
-    """Schemes whose groups divide every row, so that other programs load them too; for GGUF, those that it holds."""
+    """Schemes whose groups divide every row, so that other programs load them too."""
     for scheme in SCHEMES:
         weights = parse_scheme(scheme).weights
         assert weights is not None
         ragged = next((w for w in source.widths if weights.group_size and w % weights.group_size), None)
-        if source.format == "gguf":
-            if scheme in GGUF_SCHEMES:
-                yield scheme
-            continue
-        if ragged is not None:
-            dropped.append((scheme, f"its groups do not divide rows of {ragged}, which other programs refuse"))
-        elif scheme != "w8g32-sym":
+        if ragged is None:
             yield scheme
+        else:
+            dropped.append((scheme, f"its groups do not divide rows of {ragged}, which other programs refuse"))
 
 
 def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:

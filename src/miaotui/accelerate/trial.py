@@ -10,7 +10,6 @@ import numpy as np
 
 from miaotui.accelerate.goals import Figures
 from miaotui.accelerate.space import Candidate
-from miaotui.compress.recipe import Recipe
 from miaotui.measure import intervals
 from miaotui.measure.intervals import Estimate
 
@@ -89,7 +88,7 @@ class Workshop(Protocol):
     windows: int
     """Windows of text there are to choose by."""
 
-    def build(self, recipe: Recipe) -> Built:
+    def build(self, candidate: Candidate) -> Built:
         """Write the weights, unless they are there from an earlier run."""
         ...
 

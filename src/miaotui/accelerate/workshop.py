@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,10 +23,15 @@ from miaotui.accelerate.judge import Judge
 from miaotui.accelerate.space import Candidate, Serving
 from miaotui.accelerate.texts import Texts
 from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
+from miaotui.compress.progress import Progress
 from miaotui.compress.recipe import Recipe
 from miaotui.measure import quality
-from miaotui.measure.quality_data import Cut, cut_windows, read_data
+from miaotui.measure.quality_data import Cut as Windows
+from miaotui.measure.quality_data import cut_windows, read_data
 from miaotui.measure.scoring import Opened, Settings
+
+if TYPE_CHECKING:
+    from miaotui.compress.packing import Write
 
 WINDOW, MOST_WINDOWS = 512, 64
 """Of the text that is chosen by."""
@@ -39,8 +44,8 @@ LAST_SHARE = 0.12
 KEPT_ARTEFACTS, LEAST_BOUND = 2, 8 << 30
 """Artefacts that lie there may take as much as so many originals, or so many bytes, whichever is more."""
 
-Build = Callable[[Recipe, Path], tuple[str, ...]]
-"""Writes an artefact of a recipe to a path, and gives what is to be said about it."""
+Build = Callable[[Candidate, Path], tuple[str, ...]]
+"""Writes a candidate's weights to a path, and gives what is to be said about them."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ class RealWorkshop:
         opened = subject.opened
         most = opened_length(opened)
         choose = read_data(str(subject.texts.choose))
-        cut = Cut(min(WINDOW, most), None, MOST_WINDOWS)
+        cut = Windows(min(WINDOW, most), None, MOST_WINDOWS)
         windows, _ = cut_windows(choose, cut, opened.tokenizer, opened.render)
-        self._last = Cut(min(LAST_WINDOW, most))
+        self._last = Windows(min(LAST_WINDOW, most))
         self._judge = Judge(opened, windows, folder / "original")
         text = np.concatenate([window.tokens for window in windows]).tolist()
         self._duellist = Duellist(subject.model, plan.goal, load, text, plan.seed)
@@ -72,14 +77,14 @@ class RealWorkshop:
         """Tokens a second of the original and a candidate together, once that is known."""
 
     # -- the search's questions --------------------------------------------------------------------------
-    def build(self, recipe: Recipe) -> Built:
+    def build(self, candidate: Candidate) -> Built:
         self.rest()
-        path = self.path(recipe)
+        path = self.path(candidate)
         notes: tuple[str, ...] = ()
         if not path.exists():
             self._make_room()
             path.parent.mkdir(parents=True, exist_ok=True)
-            notes = self._build(recipe, path)
+            notes = self._build(candidate, path)
         return Built(size_of(path), notes)
 
     def score(self, candidate: Candidate, windows: range) -> Scores:
@@ -98,16 +103,18 @@ class RealWorkshop:
         report = quality.evaluate(
             self._model(candidate),
             str(self._subject.texts.confirm),
-            cut=Cut(self._last.size, None, self._windows_to_confirm()),
+            cut=Windows(self._last.size, None, self._windows_to_confirm()),
             settings=settings_of(candidate.serving),
             reference=quality.Reference(self._subject.model, quality.EXACT),
         )
         return Confirmation(report, self.duel(candidate, LAST_ROUNDS))
 
     # -- around it ---------------------------------------------------------------------------------------
-    def path(self, recipe: Recipe) -> Path:
-        """Where the artefact of a recipe is: a folder, with a GGUF file in it for that format."""
-        folder = self._folder / "built" / Candidate(recipe).weights_key
+    def path(self, candidate: Candidate) -> Path:
+        """Where a candidate's weights are: a folder, with a GGUF file in it for that format."""
+        recipe = candidate.recipe
+        assert recipe is not None
+        folder = self._folder / "built" / candidate.weights_key
         return folder / "model.gguf" if recipe.format == "gguf" else folder
 
     def rest(self) -> None:
@@ -118,14 +125,14 @@ class RealWorkshop:
         """The name or path to load; built again where a search was killed after it had been cleared away."""
         if candidate.recipe is None:
             return self._subject.model
-        path = self.path(candidate.recipe)
+        path = self.path(candidate)
         if not path.exists():
-            self.build(candidate.recipe)
+            self.build(candidate)
         os.utime(path)
         return str(path)
 
     def _make_room(self) -> None:
-        """Clear away the artefacts that were not used for the longest; one that is asked for after all is built anew."""
+        """Clear away what was not used for the longest; what is asked for after all is built anew."""
         bound = max(KEPT_ARTEFACTS * self._subject.opened.checkpoint.nbytes, LEAST_BOUND)
         folder = self._folder / "built"
         found = sorted(folder.iterdir(), key=_last_use) if folder.is_dir() else []
@@ -162,19 +169,39 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def built_by_compress(model: str, cache: Path | None, tell: Callable[[str], None], write: Any = None) -> Build:
-    """`compress.run.compress` as a Build; `write` is the model's own text, for calibration by `self`."""
+@dataclass(frozen=True)
+class Builder:
+    """Builds by `compress`, of a model from which layers were cut where the candidate wants that.
 
-    def build(recipe: Recipe, out: Path) -> tuple[str, ...]:
+    `write` is the model's own text, for calibration by `self`. A cut model lies in `folder` until all is over.
+    """
+
+    model: str
+    folder: Path
+    tell: Callable[[str], None]
+    write: Write | None = None
+
+    def __call__(self, candidate: Candidate, out: Path) -> tuple[str, ...]:
         from miaotui.compress.run import compress
 
-        def told(progress: Any) -> None:
-            tell(f"{progress.stage} {progress.done}/{progress.total}")
-
-        report = compress(model, recipe, out, cache=cache, write=write, tell=told)
+        assert candidate.recipe is not None
+        source = self.model if candidate.blocks is None else self._cut(candidate.recipe, candidate.blocks)
+        report = compress(source, candidate.recipe, out, write=self.write, tell=self._told)
         return notes_of(report.errors)
 
-    return build
+    def _cut(self, recipe: Recipe, blocks: int) -> str:
+        """The model with so many layers left, written once."""
+        from miaotui.compress.prune import Cut, PruneSettings, prune
+
+        path = self.folder / f"{blocks}-layers"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            settings = PruneSettings(cut=Cut(blocks=str(blocks)), calibration=recipe.calibration)
+            prune(self.model, settings, path)
+        return str(path)
+
+    def _told(self, progress: Progress) -> None:
+        self.tell(f"{progress.stage} {progress.done}/{progress.total}")
 
 
 def notes_of(errors: Mapping[int, Mapping[str, float]]) -> tuple[str, ...]:
