@@ -83,3 +83,14 @@ class Ledger:
         except MiaotuiError as error:
             return Entry(self._clock() - started, None, (error.message, error.hint))
         return Entry(self._clock() - started, result)
+
+
+def once(journal: Journal, action: str, perform: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the journal has of an action that comes before a ledger can be; done and written down where it has none."""
+    entry = journal.entries.get(action)
+    if entry is None:
+        started = time.perf_counter()
+        result = perform()
+        entry = journal.add(action, Entry(time.perf_counter() - started, result))
+    assert entry.result is not None
+    return entry.result

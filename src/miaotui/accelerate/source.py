@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,25 @@ def examine(checkpoint: Checkpoint) -> Source:
     known = [grid for grid in grids if grid is not None]
     grid = min(known) if known and len(known) == len(grids) else None
     return Source(spec, checkpoint.format, checkpoint.nbytes, tuple(sorted(widths)), "/".join(sorted(kinds)), grid)
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`license` and `base_model` of the model, where its README or its GGUF metadata have them."""
+    names = ("license", "base_model")
+    if checkpoint.format == "gguf":
+        return {name: checkpoint.config[f"general.{name}"] for name in names if f"general.{name}" in checkpoint.config}
+    readme = checkpoint.asset("README.md")
+    text = "" if readme is None else readme.read_text(encoding="utf-8", errors="replace")
+    parts = text.split("---\n", 2)
+    if parts[0] or len(parts) < 3:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return {name: found[name] for name in names if name in found} if isinstance(found, dict) else {}
 
 
 def _some_linears(model: Model) -> Iterator[Tensor]:
