@@ -49,6 +49,16 @@ def test_a_disturbed_measurement_says_so() -> None:
     assert "other processes used 1.3 cores" in text_of(make_report(others=1.3))
 
 
+def test_heat_throttling_and_energy_are_told() -> None:
+    report = make_report(others=0.0)
+    report["machine"]["disturbance"] |= {"throttled": 3, "celsius": 98.0}
+    report["energy"] = {"joules_per_token": None, "unavailable": "no counter"}
+    text = text_of(report)
+    assert "slowed itself down 3 times" in text
+    assert "98 °C" in text
+    assert "energy: unavailable (no counter)" in text
+
+
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (99.44, "99.4"), (0.12345, "0.123"), (3.0, "3")])
 def test_number(value: float, text: str) -> None:
     assert number(value) == text

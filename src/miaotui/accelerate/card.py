@@ -184,6 +184,12 @@ class Energy:
     marks: tuple[str, ...] = ()
     """What puts the figures in doubt: throttling, heat."""
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Energy:
+        """From the `energy` of a speed report."""
+        values = {f.name: found[f.name] for f in fields(cls) if f.name in found}
+        return cls(**values | {name: tuple(values[name]) for name in ("sources", "marks")})
+
 
 # -- the search ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ _REGIMES = (
     (r"load", "loading in a warm process", "在已热的进程中加载"),
     (r"peak-memory", "resident, of a process that answers", "回答时进程的常驻内存峰值"),
     (r"prefill-(\d+)", "a prompt of {} tokens", "{} 个词元的提示"),
+    (r"decode-1@long", "one sequence, as much behind it as fits", "单个序列，前文尽量长"),
     (r"decode-1@(\d+)", "one sequence, {} tokens behind it", "单个序列，前有 {} 个词元"),
     (r"throughput-(\d+)", "{} requests at once, 128 tokens in and out", "同时 {} 个请求，各输入输出 128 个词元"),
 )

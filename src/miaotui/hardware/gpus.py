@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from miaotui.hardware.power import Counter
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,68 @@ class _Memory(ctypes.Structure):
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
+LIBRARY = "libnvidia-ml.so.1"
+_SLOWED = {
+    0x04: "its power limit",
+    0x20: "heat",
+    0x40: "heat",
+    0x80: "the power supply",
+}
+"""Why a device runs slower than it could (nvml.h, nvmlClocksEventReason…), as far as it is no setting of somebody's."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """What can be asked of a device while it works; None where it does not say."""
+
+    name: str
+    energy: Counter
+    celsius: Callable[[], float | None]
+    slowed: Callable[[], str | None]
+    """What slows it down right now, such as `heat`."""
+
+
+def live_gpus(load: Callable[[str], Any] = ctypes.CDLL) -> list[Live]:
+    """The devices that count their energy (Volta and newer). The driver's library stays open for the process's life."""
+    try:
+        library = load(LIBRARY)
+    except OSError:
+        return []
+    count = ctypes.c_uint()
+    if library.nvmlInit_v2() != 0 or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return []
+    devices = (_live(library, index) for index in range(count.value))
+    return [device for device in devices if device is not None and device.energy.read() is not None]
+
+
+def _live(library: Any, index: int) -> Live | None:
+    handle = ctypes.c_void_p()
+    if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) != 0:
+        return None
+
+    def ask(function: Any, kind: Callable[[], Any], *arguments: Any) -> int | None:
+        answer = kind()
+        return answer.value if function(handle, *arguments, ctypes.byref(answer)) == 0 else None
+
+    def energy() -> float | None:
+        millijoules = ask(library.nvmlDeviceGetTotalEnergyConsumption, ctypes.c_ulonglong)
+        return None if millijoules is None else millijoules / 1000
+
+    def celsius() -> float | None:
+        return ask(library.nvmlDeviceGetTemperature, ctypes.c_uint, ctypes.c_int(0))
+
+    def slowed() -> str | None:
+        reasons = ask(library.nvmlDeviceGetCurrentClocksThrottleReasons, ctypes.c_ulonglong) or 0
+        return next((why for bit, why in sorted(_SLOWED.items(), reverse=True) if reasons & bit), None)
+
+    name = f"{_string(library.nvmlDeviceGetName, handle)} {index}"
+    return Live(name, Counter(f"{name} (NVML)", energy), celsius, slowed)
+
+
 def find_gpus() -> list[Gpu]:
     """The devices; empty when there is no driver, no device, or the driver refuses to answer."""
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
+        library = ctypes.CDLL(LIBRARY)
     except OSError:
         return []
     if library.nvmlInit_v2() != 0:

@@ -39,13 +39,13 @@ class Watch:
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
         self._start = _counters(root)
-        self._throttles = _throttles(root)
+        self._throttles = throttles(root)
 
     def read(self) -> Disturbance:
         """What happened since the start. Below a fifth of a second the counters are too coarse to mean anything."""
         seconds, busy, own = (now - then for now, then in zip(_counters(self._root), self._start, strict=True))
         others = max(0.0, busy - own) / seconds if seconds >= 0.2 else 0.0
-        return Disturbance(others, os.getloadavg()[0], hottest(self._root), _throttles(self._root) - self._throttles)
+        return Disturbance(others, os.getloadavg()[0], hottest(self._root), throttles(self._root) - self._throttles)
 
 
 def glance(seconds: float = 0.3) -> Disturbance:
@@ -56,9 +56,21 @@ def glance(seconds: float = 0.3) -> Disturbance:
 
 
 def hottest(root: Path = ROOT) -> float | None:
-    """The hottest thermal zone in °C; None where the machine shows none (most virtual machines)."""
-    readings = [read_int(path) for path in (root / "sys/class/thermal").glob("thermal_zone*/temp")]
+    """The hottest thermal zone or processor sensor in °C; None where the machine shows none (most virtual machines)."""
+    paths = list((root / "sys/class/thermal").glob("thermal_zone*/temp"))
+    for chip in (root / "sys/class/hwmon").glob("hwmon*"):
+        if read_text(chip / "name") in ("coretemp", "k10temp", "zenpower"):
+            paths += chip.glob("temp*_input")
+    readings = [read_int(path) for path in paths]
     return max((reading / 1000 for reading in readings if reading is not None), default=None)
+
+
+def throttles(root: Path = ROOT) -> int:
+    """Throttling events that the processors have counted since the machine started."""
+    counts = [
+        read_int(root / f"sys/devices/system/cpu/cpu{cpu}/thermal_throttle/core_throttle_count") for cpu in affinity()
+    ]
+    return sum(count or 0 for count in counts)
 
 
 def _counters(root: Path) -> tuple[float, float, float]:
@@ -73,11 +85,3 @@ def _counters(root: Path) -> tuple[float, float, float]:
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
     return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), own
-
-
-def _throttles(root: Path) -> int:
-    """Throttling events that the processors have counted since the machine started."""
-    counts = [
-        read_int(root / f"sys/devices/system/cpu/cpu{cpu}/thermal_throttle/core_throttle_count") for cpu in affinity()
-    ]
-    return sum(count or 0 for count in counts)

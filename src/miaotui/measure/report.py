@@ -8,6 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from miaotui.hardware.sensors import BUSY
+from miaotui.measure.energy import HOT, sentence
+
 
 def table(report: dict[str, Any]) -> RenderableType:
     """The report of `speed.run` as a table, with a line on the machine and one on the model."""
@@ -59,8 +62,15 @@ def heading(report: dict[str, Any]) -> list[str]:
             if part
         ),
     ]
-    if machine["disturbance"]["others"] >= 0.15:
-        lines.append(f"disturbed: other processes used {machine['disturbance']['others']:.1f} cores meanwhile")
+    disturbance = machine["disturbance"]
+    if disturbance["others"] >= BUSY:
+        lines.append(f"disturbed: other processes used {disturbance['others']:.1f} cores meanwhile")
+    if disturbance.get("throttled"):
+        lines.append(f"disturbed: the processor slowed itself down {disturbance['throttled']} times: heat or power")
+    if (celsius := disturbance.get("celsius")) is not None and celsius >= HOT:
+        lines.append(f"disturbed: the hottest sensor stood at {celsius:.0f} °C")
+    if "energy" in report:
+        lines.append(sentence(report["energy"]))
     return lines
 
 

@@ -34,6 +34,7 @@ from miaotui.engine.params import SamplingParams
 from miaotui.errors import MiaotuiError, RequestError, ResourceError, UsageError
 from miaotui.hardware import ceilings, detect, sensors
 from miaotui.hardware.ceilings import Ceilings, Probes
+from miaotui.measure.energy import TokenEnergy, of_llm
 from miaotui.measure.stats import summarise
 from miaotui.measure.work import Cost
 
@@ -121,9 +122,10 @@ def run(
     repeat: int = 5,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure and return the report: `{"machine", "model", "results"}` as `miaotui bench --json` prints it.
+    """Measure and return the report: `{"machine", "model", "results", "energy"}` as `miaotui bench --json` prints it.
 
-    `tell` is called with a line for people at each stage, and with "" at the end.
+    `energy`, a `TokenEnergy`, is there when a regime is about tokens. `tell` is called with a line for people at each
+    stage, and with "" at the end.
     Raises UsageError for an unknown regime.
     """
     return run_beside([settings], probes, names=names, repeat=repeat, tell=tell)[0]
@@ -159,6 +161,8 @@ def run_beside(
             for subject, taken, most in zip(subjects, samples, limits, strict=True)
         ]
         models = [_describe(subject) for subject in subjects]
+        tokens = any(regime.unit == "tokens/s" for regime in chosen)
+        energies = [{"energy": asdict(_energy(subject, tell))} if tokens else {} for subject in subjects]
     finally:
         tell("")
         for subject in subjects:
@@ -169,9 +173,15 @@ def run_beside(
             "machine": {**machine.as_dict(), "ceilings": asdict(most), "disturbance": disturbance},
             "model": model,
             "results": found,
+            **spent,
         }
-        for model, found, most in zip(models, results, limits, strict=True)
+        for model, found, most, spent in zip(models, results, limits, energies, strict=True)
     ]
+
+
+def _energy(subject: Subject, tell: Callable[[str], None]) -> TokenEnergy:
+    tell("measuring energy")
+    return of_llm(subject.llm, subject.prompt, device=subject.settings.options.get("device", "cpu"))
 
 
 def _limits(probes: Probes, subject: Subject) -> Ceilings:
