@@ -104,6 +104,11 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert (first.tokens == again.tokens).all()
     assert first.fingerprint == again.fingerprint == elsewhere.fingerprint, "the path is not part of it"
     assert (first.tokens != other.tokens).any()
+    files[1].write_text(files[0].read_text().replace("0001", "1000"))
+    assert (
+        windows(tokenizer, asked(files[1], 5, 200)).fingerprint
+        != windows(tokenizer, asked(files[0], 5, 200)).fingerprint
+    )
     assert len({first.fingerprint, other.fingerprint, windows(tokenizer, asked(files[0], 4, 50)).fingerprint}) == 3
 
 
@@ -163,6 +168,14 @@ def test_a_long_text_has_no_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text, found = whole(byte_tokenizer(), tmp_path / "a.txt")
     assert text == content
     assert found.counts["documents"] > 5
+
+
+def test_a_piece_that_was_left_out_leaves_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PIECE_BYTES", 4)
+    (tmp_path / "a.txt").write_text("one.\n\ntwo.\n\none.\n\nsix.\n\n")
+    text, found = whole(byte_tokenizer(), tmp_path / "a.txt")
+    assert text == "one.\n\ntwo.\n\n<|end|>six.\n\n"[: len(text)]
+    assert found.counts["duplicates"] == 1
 
 
 def test_conversations_go_through_the_template(tmp_path: Path) -> None:
