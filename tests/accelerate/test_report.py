@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from miaotui.accelerate import charts, report
-from miaotui.accelerate.card import Card, Energies, Energy, Model, Qualities, Speeds, Technique
+from miaotui.accelerate.card import Card, Energies, Energy, Model, Qualities, Sensitivity, Speeds, Technique
 from miaotui.accelerate.words import CHINESE
 from tests.accelerate.cards import REGIME, TRIALS, make_card, trial
 
@@ -46,15 +46,28 @@ def test_ticks_are_round_and_within() -> None:
     assert all(chart.y0 <= tick.at <= chart.y1 for tick in chart.y_ticks)
 
 
-@pytest.mark.parametrize("name", ["w4", "w4g32-sym gptq with a very long name that no plot has room for"])
-def test_the_winner_is_named_within_the_plot(name: str) -> None:
+@pytest.mark.parametrize("width", [340, 760])
+@pytest.mark.parametrize(
+    "name", ["w4", "w4g32-sym gptq", "w4g32-sym gptq with a very long name that no plot has room for"]
+)
+def test_the_winner_is_named_within_the_plot_or_beside_it(name: str, width: int) -> None:
     card = make_card(search=replace(make_card().search, trials=(replace(TRIALS[2], name=name), *TRIALS[3:])))
-    chart = charts.pareto(card, 340, 400)
+    chart = charts.pareto(card, width, 400)
     assert chart is not None
-    (label,) = [mark.label for mark in chart.marks if mark.label]
-    end = label.x + 8 * len(label.text) * (1 if label.anchor == "start" else -1)
-    assert chart.x0 <= min(label.x, end) <= max(label.x, end) <= chart.x1
-    assert name.startswith(label.text.removesuffix("…"))
+    labels = [mark.label for mark in chart.marks if mark.label]
+    for label in labels:
+        end = label.x + 8 * len(label.text) * (1 if label.anchor == "start" else -1)
+        assert chart.x0 <= min(label.x, end) <= max(label.x, end) <= chart.x1
+        assert label.text == name
+    assert len(labels) == (len(name) < 20)
+    assert re.search(rf"winner</span>.*<b>{name}</b></span>", report.render(card))
+
+
+@pytest.mark.parametrize(("count", "ticks"), [(1, [0]), (4, [0, 1, 2, 3]), (30, [0, 5, 10, 15, 20, 25, 29]), (80, 9)])
+def test_the_axis_of_layers_has_room_for_its_names(count: int, ticks: list[int] | int) -> None:
+    heat = charts.heat_map([Sensitivity(layer, "all", "w4", 0.1) for layer in range(count)])
+    assert heat is not None
+    assert sorted(heat.ticks) == ticks or len(heat.ticks) == ticks
 
 
 def test_a_single_trial_and_a_faithful_one_have_a_place() -> None:

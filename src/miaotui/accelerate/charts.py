@@ -74,7 +74,7 @@ def pareto(card: Card, width: int, height: int) -> Pareto | None:
     trials = [trial for trial in card.search.trials if trial.speed is not None and trial.kl is not None]
     if not trials:
         return None
-    x0, x1, y0, y1 = 56.0, width - 18.0, 16.0, height - 50.0
+    x0, x1, y0, y1 = 66.0, width - 18.0, 16.0, height - 50.0
     speeds = [s.median for t in trials if (s := t.speed)]
     if card.search.baseline is not None:
         speeds.append(card.search.baseline.median)
@@ -122,10 +122,11 @@ def _mark(trial: Trial, front: Sequence[Trial], floor: Floor, across: Scale, dow
     return Mark(trial, kind, x, y, across(speed.low), across(speed.high), top, bottom, None)
 
 
-def _label(mark: Mark, x0: float, x1: float) -> Label:
-    most = int((x1 - x0) / _LETTER)
-    name = mark.trial.name
-    text = name if len(name) <= most else f"{name[: most - 1]}…"
+def _label(mark: Mark, x0: float, x1: float) -> Label | None:
+    """None for a name so long that it would hide others: the legend has it too."""
+    text = mark.trial.name
+    if _LETTER * len(text) > (x1 - x0) / 2:
+        return None
     start = mark.x + 12
     if start + _LETTER * len(text) <= x1:
         return Label(start, mark.y + 22, "start", text)
@@ -207,6 +208,14 @@ class HeatMap:
     totals: tuple[Heat, ...]
     most: float
     most_total: float
+
+    @property
+    def ticks(self) -> frozenset[int]:
+        """The layers that the axis names: eight or so, the first and the last among them."""
+        step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1 << 30) if len(self.layers) <= 8 * step)
+        last = self.layers[-1]
+        inner = {layer for layer in self.layers if layer % step == 0 and last - layer > step / 2}
+        return frozenset(inner | {self.layers[0], last})
 
 
 def heat_map(found: Sequence[Sensitivity]) -> HeatMap | None:
