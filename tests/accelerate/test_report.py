@@ -79,6 +79,15 @@ def test_a_single_trial_and_a_faithful_one_have_a_place() -> None:
     assert chart.y0 <= chart.marks[0].y <= chart.y1
 
 
+def test_what_is_exact_stands_at_the_foot_and_reads_zero() -> None:
+    exact = trial("threads 1", "measured", 70.0, 0.0, "")
+    chart = charts.pareto(make_card(search=replace(make_card().search, trials=(exact, *TRIALS))), 340, 400)
+    assert chart is not None
+    marks = {mark.trial.name: mark for mark in chart.marks}
+    assert chart.y_ticks[0] == charts.Tick(marks["threads 1"].y, "0")
+    assert max(m.bottom for name, m in marks.items() if name != "threads 1") < marks["threads 1"].y - 10 < chart.y1
+
+
 def test_sensitivity_shares_one_scale() -> None:
     heat = charts.heat_map(make_card().sensitivity)
     assert heat is not None
@@ -138,6 +147,13 @@ def test_the_regime_that_stands_large() -> None:
     assert heroes[0][:3] == ("4.28×", "as fast", f"{REGIME}: 61.2 → 262 tokens/s")
     memory = replace(card, search=replace(card.search, goal="memory", regime="a goal's own"))
     assert report.heroes(memory)[0][:3] == ("2.13×", "less memory", "peak-memory: 512 → 240 MB")
+
+
+def test_weights_that_stayed_are_not_called_smaller() -> None:
+    card = make_card()
+    same = replace(card, artefact=replace(card.artefact, bytes=card.model.bytes, recipe={}))
+    assert [hero[1] for hero in report.heroes(same)] == ["as fast", "perplexity", "recipes tried"]
+    assert "Recipe" not in report.render(same).split("<main>")[1]
 
 
 def test_our_own_words_are_translated() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.card import Energy
+from miaotui.accelerate.card import Energies, Energy
 from miaotui.hardware.gpus import live_gpus
 from miaotui.hardware.sensors import affinity
 from miaotui.measure import energy
@@ -145,6 +145,11 @@ def test_joules_per_token(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.joules_per_token == found.low == found.high == pytest.approx(0.5)
     card = Energy.of(asdict(found))
     assert (card.joules_per_token, card.regime, card.sources) == (pytest.approx(0.5), "decode", ("package-0 (RAPL)",))
+    both = Energies.of([{"energy": asdict(found)}, {}])
+    assert both.before == card
+    assert both.after is not None
+    assert both.after.unavailable == "no regime that makes tokens was measured"
+    assert Energies.of([{"energy": asdict(found)}]).after is None
     assert "energy: 0.5 J/token" in energy.sentence(asdict(found))
 
 

@@ -330,6 +330,13 @@ class Energies:
     before: Energy
     after: Energy | None = None
 
+    @classmethod
+    def of(cls, reports: Sequence[Mapping[str, Any]]) -> Energies:
+        """From speed reports of the original and, where there is one, of the artefact."""
+        without = Energy(unavailable="no regime that makes tokens was measured")
+        found = [Energy.of(report["energy"]) if "energy" in report else without for report in reports]
+        return cls(*found[:2])
+
 
 @dataclass(frozen=True)
 class Card:

@@ -13,8 +13,8 @@ from miaotui.measure.intervals import Estimate
 Kind = Literal["won", "front", "dominated", "broken"]
 Scale = Callable[[float], float]
 
-LEAST_KL = 1e-6
-"""What a KL of nothing is drawn as: the axis is logarithmic."""
+EXACT = 1e-9
+"""A KL that is nothing but rounding: it stands at the foot of the axis, which is logarithmic, and reads 0."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,10 @@ def pareto(card: Card, width: int, height: int) -> Pareto | None:
     if card.search.baseline is not None:
         speeds.append(card.search.baseline.median)
     low, high, step = _span(min(speeds), max(speeds), 4 if width < 500 else 7)
-    kls = [max(LEAST_KL, t.kl.value) for t in trials if t.kl]
-    least, most = math.log10(min(kls) / 1.5), math.log10(max(kls) * 1.5)
+    down, y_ticks = _logarithmic([t.kl.value for t in trials if t.kl], y0, y1)
 
     def across(value: float) -> float:
         return x0 + (x1 - x0) * (min(max(value, low), high) - low) / (high - low)
-
-    def down(value: float) -> float:
-        share = (math.log10(max(value, LEAST_KL)) - least) / (most - least)
-        return y1 - (y1 - y0) * min(1.0, max(0.0, share))
 
     front = card.search.front()
     marks = [_mark(trial, front, card.floor, across, down) for trial in trials]
@@ -98,7 +93,7 @@ def pareto(card: Card, width: int, height: int) -> Pareto | None:
     return Pareto(
         width, height, x0, x1, y0, y1,
         tuple(Tick(across(low + i * step), f"{low + i * step:,g}") for i in range(round((high - low) / step) + 1)),
-        tuple(Tick(down(value), f"{value:g}") for value in _log_ticks(least, most)),
+        y_ticks,
         tuple(sorted(marks, key=lambda mark: order.index(mark.kind))),
         _stairs([(mark.x, mark.y) for trial in front for mark in marks if mark.trial is trial]),
         None if boundary is None else down(boundary),
@@ -154,7 +149,7 @@ def _boundary(trials: Sequence[Trial], floor: Floor) -> float | None:
 
 def _value(kl: Estimate | None) -> float:
     assert kl is not None
-    return max(LEAST_KL, kl.value)
+    return max(EXACT, kl.value)
 
 
 def _stairs(points: Sequence[tuple[float, float]]) -> str:
@@ -177,6 +172,21 @@ def _span(low: float, high: float, most: int) -> tuple[float, float, float]:
     if low >= 0:
         start = max(0.0, start)
     return start, step * math.ceil((high + 0.08 * reach) / step), step
+
+
+def _logarithmic(values: Sequence[float], y0: float, y1: float) -> tuple[Scale, tuple[Tick, ...]]:
+    """Where a KL stands, growing upwards from y1 to y0, and the ticks; what is exact has a place of its own below."""
+    lossy = [value for value in values if value > EXACT] or [1e-3]
+    foot = y1 if len(lossy) == len(values) else y1 - 34
+    least, most = math.log10(min(lossy) / 1.5), math.log10(max(lossy) * 1.5)
+
+    def down(value: float) -> float:
+        if value <= EXACT:
+            return y1 - 12
+        return foot - (foot - y0) * min(1.0, max(0.0, (math.log10(value) - least) / (most - least)))
+
+    ticks = [Tick(down(value), f"{value:g}") for value in _log_ticks(least, most)]
+    return down, tuple(ticks if foot == y1 else [Tick(y1 - 12, "0"), *ticks])
 
 
 def _log_ticks(least: float, most: float) -> list[float]:

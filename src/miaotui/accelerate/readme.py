@@ -45,7 +45,7 @@ def front_matter(card: Card) -> str:
         values["license"] = card.model.license
     if card.model.base_model and _HUB_NAME.fullmatch(card.model.base_model):
         values["base_model"] = card.model.base_model
-        if not card.artefact.kept_original:
+        if card.artefact.recipe:
             values["base_model_relation"] = "quantized"
     values |= {"pipeline_tag": "text-generation", "library_name": "miaotui"}
     scheme = (card.artefact.recipe or {}).get("scheme")
@@ -104,7 +104,7 @@ def _use(card: Card) -> Iterator[str]:
     yield code("\n".join((f"miaotui run {name} 'The capital of France is'", line)), "console")
     if card.artefact.format == "compressed-tensors":
         yield "The weights are in the compressed-tensors format, which vLLM, SGLang and transformers also read."
-    if card.artefact.recipe is not None:
+    if card.artefact.recipe:
         yield "<details><summary>Recipe</summary>"
         yield code(json.dumps(card.artefact.recipe, indent=2, ensure_ascii=False), "json")
         yield "</details>"

@@ -54,9 +54,7 @@ def render(card: Card) -> str:
             heat=charts.heat_map(card.sensitivity),
             machine=facts.machine(card.machine),
             limits=facts.limits(card.machine),
-            recipe=None
-            if card.artefact.recipe is None
-            else json.dumps(card.artefact.recipe, indent=2, ensure_ascii=False),
+            recipe=None if not card.artefact.recipe else json.dumps(card.artefact.recipe, indent=2, ensure_ascii=False),
             description=card.verdict,
         )
     )
@@ -80,8 +78,8 @@ def heroes(card: Card) -> list[tuple[str, str, str, str]]:
         change = rows.change_of(card.floor.ratio)
         mood = {"holds": "", "broken": "bad", "undecided": ""}[card.floor.verdict]
         found.append((change.value, "perplexity", f"95%: {change.interval}" if change.interval else "", mood))
-    if not card.artefact.kept_original and card.artefact.bytes:
-        was, now = card.model.bytes, card.artefact.bytes
+    was, now = card.model.bytes, card.artefact.bytes
+    if not card.artefact.kept_original and now and was != now:
         found.append(
             (rows.times(was / now), "smaller", f"{rows.size(was)} → {rows.size(now)}", "good" if now < was else "")
         )

@@ -36,6 +36,7 @@ CHINESE = {
     "KL p99": "KL 第 99 百分位",
     "tokens/s": "词元/秒",
     "nats": "奈特",
+    "× original": "× 原模型",
     "J/token": "焦/词元",
     # figures
     "as fast": "速度",
@@ -78,8 +79,8 @@ CHINESE = {
     "The floor is drawn halfway between the last recipe that keeps it and the first that does not.": "底线画在最后一个"
     "守住它的配方与第一个未守住的配方中间。",
     "Less than one recipe was measured in both speed and KL.": "没有配方同时测得速度与 KL。",
-    "KL when only these weights are coded, the rest being the original's. Stronger colour loses more.": "只压缩这些权重、"
-    "其余保持原样时的 KL。颜色越浓损失越大。",
+    "KL when only these weights are coded, the rest being the original's. Stronger colour loses more.": ""
+    "只压缩这些权重、其余保持原样时的 KL。颜色越浓损失越大。",
     "The dark part is the least time that this machine's measured bandwidth and peak allow; the light part is what is "
     "still to be won.": "深色部分是按本机实测带宽与峰值所需的最短时间；浅色部分是尚可争取的。",
     "A full bar is the most that this machine's measured bandwidth and peak allow, for each model its own.": "满格是"
