@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miaotui.accelerate import texts
 from miaotui.accelerate.attempt import Attempt, Plan
-from miaotui.accelerate.card import Card, Energies, Energy, Model, Peer
+from miaotui.accelerate.card import Card, Energies, Model, Peer
 from miaotui.accelerate.compose import Findings, compose, model_of
 from miaotui.accelerate.explain import techniques, verdict
 from miaotui.accelerate.finish import Finish, Measured
@@ -149,7 +149,7 @@ class _Run:
             load=self.predictor.load,
             measured=measured,
             quality=report,
-            energy=Energies(Energy(unavailable="this command does not read power sensors")),
+            energy=Energies.of(measured.speeds),
             techniques=techniques(outcome, self.space),
             verdict=verdict(outcome),
             artefact=self.request.out.name,
