@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from miaotui.compress.methods.fp8 import LARGEST, fp8_activations, int8_activations, static_scale
+from miaotui.compress.methods.fp8 import fp8_activations, int8_activations, static_scale
 from miaotui.compress.types import Layer, LinearGroup, Place
 from miaotui.errors import UsageError
 
@@ -56,8 +56,4 @@ def _change(group: LinearGroup, scales: dict[Place, float]) -> Change | None:
     if kind == "fp8-dynamic":
         return fp8_activations
     scale = torch.tensor(scales[group.places[0]])
-    return partial(int8_activations, scale=scale) if kind == "int8-static" else partial(_fp8_static, scale=scale)
-
-
-def _fp8_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
+    return partial(int8_activations if kind == "int8-static" else fp8_activations, scale=scale)

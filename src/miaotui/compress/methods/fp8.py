@@ -33,22 +33,31 @@ def fp8_weight(weight: torch.Tensor, scale_type: ScaleType = "bfloat16", moment:
     return Float8(tensor, values, output_error(weight, values, moment))
 
 
-def fp8_activations(x: torch.Tensor) -> torch.Tensor:
-    """x `[…, width]` as dynamic fp8 activations have it: one scale, absmax / 448, for each token."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)
-    return _cast(x / scale).float() * scale
+def fp8_activations(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x `[…, width]` as fp8 activations have it: one scale for each token, absmax / 448, or a static `scale`.
+
+    Gradients pass as if nothing had been rounded.
+    """
+    if scale is None:
+        scale = x.detach().abs().amax(dim=-1, keepdim=True) / LARGEST
+        scale = torch.where(scale > 0, scale, 1.0)
+    return _straight_through(x, _cast(x.detach() / scale).float() * scale)
 
 
 def int8_activations(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """x `[…, width]` as int8 activations have it: one scale for each token, absmax / 127.5, or a static `scale`.
 
-    The range is compressed-tensors': −128 to 127.
+    The range is compressed-tensors': −128 to 127. Gradients pass as if nothing had been rounded.
     """
     if scale is None:
-        scale = x.abs().amax(dim=-1, keepdim=True) / 127.5
+        scale = x.detach().abs().amax(dim=-1, keepdim=True) / 127.5
     scale = torch.where(scale > 0, scale, 1.0)
-    return torch.round(x / scale).clamp_(-128, 127) * scale
+    return _straight_through(x, torch.round(x.detach() / scale).clamp_(-128, 127) * scale)
+
+
+def _straight_through(x: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
+    """`coded`, with the gradient of x (Bengio et al. 2013, arXiv 1308.3432)."""
+    return coded + (x - x.detach()) if x.requires_grad else coded
 
 
 def static_scale(peak: torch.Tensor | float, kind: Literal["int8", "fp8"]) -> float:
