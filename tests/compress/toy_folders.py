@@ -65,11 +65,11 @@ def write(
     stored = [Stored(name, kind, array.shape) for name, array in arrays.items()]
     as_stored = bfloat16_bits if kind == "BF16" else np.asarray
     write_safetensors(folder / "model.safetensors", stored, lambda name: as_stored(arrays[name]))
-    _write_tokenizer(folder, vocabulary or {f"w{i}": i for i in range(config["vocab_size"])})
+    write_tokenizer(folder, vocabulary or {f"w{i}": i for i in range(config["vocab_size"])})
     return folder
 
 
-def _write_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
+def write_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
     import tokenizers
     from tokenizers import models, pre_tokenizers
 

@@ -75,6 +75,13 @@ def check_sizes(spec: ModelSpec, sizes: Sizes) -> None:
     if sizes.hidden < whole.hidden and (routed or spec.post_norm or spec.norm_kind != "rms"):
         _cannot(spec, "hidden dimensions", "it has experts, or norms other than RMS norms before attention and MLP")
     assert first.heads % first.kv_heads == 0
+    heads = first.heads // first.kv_heads * sizes.groups
+    if spec.hidden_size % first.heads == 0 and sizes.hidden % heads:
+        near = max(heads, round(sizes.hidden / heads) * heads)
+        raise UsageError(
+            f"{sizes.hidden} hidden dimensions are no multiple of the {heads} heads, which other runtimes insist on.",
+            f"Keep {near} hidden dimensions." if near <= whole.hidden else "Keep another number of heads.",
+        )
 
 
 def _cannot(spec: ModelSpec, what: str, why: str) -> None:

@@ -23,6 +23,7 @@ from miaotui.compress.prune_statistics import Calibrated, calibrated
 from miaotui.compress.removal import run_without
 from miaotui.compress.shelf import Shelf
 from miaotui.compress.types import Layer, Place
+from miaotui.errors import UsageError
 
 KL_TOKENS = 2048
 """Tokens of the calibration on which removals are measured."""
@@ -51,13 +52,23 @@ def cut(model: Model, settings: PruneSettings, shelf: Shelf, tell: Tell) -> Prun
 
 def sizes(model: Model, cut: Cut) -> Sizes:
     """How large the model is to be. Raises UsageError for what leaves all of it, or nothing."""
-    whole = Sizes.of(model.spec)
-    return Sizes(
+    whole, first = Sizes.of(model.spec), model.spec.layers[0].attention
+    groups = count_of(cut.groups, whole.groups, "groups of heads")
+    heads = first.heads // first.kv_heads * groups
+    wanted = Sizes(
         count_of(cut.blocks, whole.layers, "blocks"),
-        count_of(cut.groups, whole.groups, "groups of heads"),
+        groups,
         count_of(cut.channels, whole.channels, "channels", MULTIPLE),
-        count_of(cut.hidden, whole.hidden, "hidden dimensions", MULTIPLE),
+        count_of(cut.hidden, whole.hidden, "hidden dimensions", _even(whole.hidden, heads)),
     )
+    if vars(wanted) == vars(whole):
+        raise UsageError("Nothing would be cut: all of it is left.", "Keep less of something.")
+    return wanted
+
+
+def _even(hidden: int, heads: int) -> int:
+    """What a share of hidden dimensions is rounded to: whole heads, and whole vectors where that is not too coarse."""
+    return next((step for wide in (MULTIPLE, 16, 8) if (step := math.lcm(wide, heads)) <= hidden // 8), heads)
 
 
 @dataclass(eq=False)
