@@ -14,7 +14,10 @@ from miaotui.accelerate import readme
 from miaotui.accelerate.card import Card, Model, Technique, read
 from miaotui.accelerate.publish import publish
 from tests.accelerate.cards import TRIALS, make_card
-from tests.accelerate.test_report import EVIL, kept_original
+from tests.accelerate.test_report import EVIL as MARKUP
+from tests.accelerate.test_report import kept_original
+
+EVIL = MARKUP + " | [a](https://b.example) ![c](d) *e* `f` **g** # h\n# i\n- j"
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -75,8 +78,24 @@ def test_words_of_a_card_are_never_markup() -> None:
     tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n", 1)[1])
     blocks = [t.content for t in tokens if t.type == "html_block"]
     assert [block.strip() for block in blocks] == ["<details><summary>Recipe</summary>", "</details>"]
-    assert [c.type for t in tokens for c in t.children or () if c.type in ("html_inline", "image")] == []
-    assert {len(row) for row in tables(text)[0]} == {4}
+    inline = [child for token in tokens for child in token.children or ()]
+    assert {child.type for child in inline} <= {
+        "text",
+        "softbreak",
+        "strong_open",
+        "strong_close",
+        "link_open",
+        "link_close",
+    }
+    assert [child.attrs["href"] for child in inline if child.type == "link_open"] == ["report.html"]
+    assert sum(child.type == "strong_open" for child in inline) == 1, "the verdict"
+    heads = [after.content for before, after in itertools.pairwise(tokens) if before.type == "heading_open"]
+    assert heads[1:] == [
+        "Before and after", "Use", "What was kept, and why", "Search", "Other programs", "Measured with", "Reproduce",
+    ]  # fmt: skip
+    for found, columns in zip(tables(text), (4, 3, 4, 5, 2), strict=True):
+        assert {len(row) for row in found} == {columns}
+    assert any(" ".join(EVIL.split()) in row for row in tables(text)[2])
     assert ModelCard(text).data.to_dict()["license"] == EVIL
 
 
