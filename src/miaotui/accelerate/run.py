@@ -27,7 +27,7 @@ from miaotui.accelerate.publish import publish
 from miaotui.accelerate.sample import Sampler
 from miaotui.accelerate.search import Outcome, search
 from miaotui.accelerate.source import Source, examine, origin
-from miaotui.accelerate.space import Candidate, make_space
+from miaotui.accelerate.space import LOOKED_AT, Candidate, make_space
 from miaotui.accelerate.texts import Texts
 from miaotui.accelerate.workshop import Builder, RealWorkshop, Subject, settings_of
 from miaotui.checkpoint import serving
@@ -91,7 +91,7 @@ def accelerate(
     """
     _check(request)
     opened = Opened.of(request.model)
-    source = examine(opened.checkpoint)
+    source = examine(opened.checkpoint, LOOKED_AT)
     text = texts.prepare(request.data, request.calibration, cache_folder() / "texts")
     subject = Subject(request.model, opened, text)
     with Journal(request.work / "journal", _belongs_to(request, subject), restart=restart) as journal:

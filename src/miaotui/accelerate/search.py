@@ -1,7 +1,8 @@
 """The search: propose → build → measure → keep. Cheap first, and every step once.
 
-screen    candidates in the order of the ceiling model, or as a sampler proposes where there are more than fit; the
-          first windows of text reject the hopeless, more are read until the floor is decided, the others are timed
+screen    the safest, then candidates in the order of the ceiling model, or as a sampler proposes where there are
+          more than fit; the first windows of text reject the hopeless, more are read until the floor is decided, and
+          those that keep it are timed
 halve     those that keep the floor are timed again and again, the slower half leaving each time
 tune      the best weights are served in other ways: cache, threads, speculation, bounds of a batch
 confirm   the best is measured on text that nothing was chosen by, beside the original; if it fails, the next
@@ -9,12 +10,14 @@ confirm   the best is measured on text that nothing was chosen by, beside the or
 When that text refutes all that stood, what was left out because of them is looked at after all.
 
 Straight-line code over a `Ledger`: what was done before a kill is told again. Two bounds save the rest of the work: a
-candidate is left out when a quicker method already keeps the floor with the same numbers, and when the ceiling model
-promises clearly less than it promised of one that keeps the floor.
+candidate is left out when a quicker method already keeps the floor with the same numbers, when the ceiling model
+promises clearly less than it promised of one that keeps the floor, and when its weights are changed so much more than
+those of one that was measured that it must lose far too much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +42,10 @@ SLACK = 0.8
 """The ceiling model may be so wrong about one candidate against another."""
 HOPELESS = 8
 """Where even the low end of the loss is so many floors, no other method brings it back."""
+SAVED = {"rtn": 1.0, "hqq": 0.7, "awq": 0.4, "gptq": 0.25, "awq+gptq": 0.2}
+"""What is left of the loss by plain rounding, at the best."""
+COMPARABLE = 20
+"""From so many times the error on, a loss tells nothing about another."""
 LEAST_GAIN = 1.02
 """Less is not worth another artefact."""
 MOST_TUNED, MOST_CONFIRMED = 12, 3
@@ -144,9 +151,19 @@ class _Search:
             if not ready:
                 self._leave(ordered, "what it depends on was not tried")
                 return
-            chosen = self.pick(ready, self._tried(), fits=self._fits(share))
+            chosen = (
+                self._safest(ready) if not self.attempts else self.pick(ready, self._tried(), fits=self._fits(share))
+            )
             ordered.remove(chosen)
             self._try(chosen, "screen")
+
+    def _safest(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The first: of those that hardly change the weights, what promises most, so that something stands early on."""
+        errors = {c.key: error for c in candidates if (error := self.space.error(c)) is not None}
+        least = min(errors.values(), default=None)
+        if least is None:
+            return candidates[0]
+        return next(c for c in candidates if errors.get(c.key, math.inf) <= 4 * least)
 
     def _depths(self) -> list[int]:
         return sorted({c.blocks for c in self.space.weights if c.blocks is not None})
@@ -175,12 +192,38 @@ class _Search:
             why = self._settled_by(other, candidate)
             if why is not None:
                 return why
-        best = max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
+        feared = self._feared(candidate)
+        if feared is not None:
+            return feared
+        best = self._best()
         if best is not None and best.value > 1 and promised < SLACK * best.predicted:
             return (
                 f"at the ceilings it promises {promised:.2f}× where {best.name} promised {best.predicted:.2f}×"
                 f" (and was measured at {best.value:.2f}×)"
             )
+        return None
+
+    def _feared(self, candidate: Candidate) -> str | None:
+        """Why it must lose far too much: its weights are changed so much more than those of one that was measured.
+
+        A loss is taken to grow with the squared error of the weights, of which the best methods save `SAVED`.
+        """
+        mine = self.space.error(candidate)
+        if mine is None or candidate.recipe is None:
+            return None
+        for other in self.attempts:
+            theirs, ratio = self.space.error(other.candidate), other.ratio
+            if theirs is None or ratio is None or ratio.low is None or other.candidate.recipe is None:
+                continue
+            if mine > COMPARABLE * theirs:
+                continue
+            saved = SAVED[candidate.recipe.method] / SAVED[other.candidate.recipe.method]
+            loss = (ratio.low - 1) * mine / theirs * saved
+            if loss > HOPELESS * max(self.plan.floor, 0.005):
+                return (
+                    f"rounding changes its weights {mine / theirs:.1f}× as much as those of {other.name},"
+                    f" which lose {percent(ratio.value - 1)}"
+                )
         return None
 
     def _settled_by(self, other: Attempt, candidate: Candidate) -> str | None:

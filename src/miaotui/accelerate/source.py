@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miaotui.checkpoint import Checkpoint
 from miaotui.compress.places import LINEARS, Model
+from miaotui.compress.recipe import parse_scheme
 from miaotui.measure.work import parameters, parameters_read
 from miaotui.model.families import read_spec
 from miaotui.model.spec import ModelSpec
+from miaotui.quant.rounding import round_to_nearest
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
+
+Floats = NDArray[np.float32]
 
 _GROUPS = (32, 64, 128)
 _ROWS = 64
@@ -27,7 +32,9 @@ class Source:
     """`weight_bytes`: on disk; `step_bytes`: about what a step with one token reads of them.
 
     `stored`: how the linears are kept. `grid`: the size of the groups within which they have at most 16 values, so that
-    int4 in such groups loses next to nothing; None for weights that were never so coarse.
+    int4 in such groups loses next to nothing; None for weights that were never so coarse. `rounding`: for each scheme
+    that was asked for, what plain rounding does to some of the weights, ‖ΔW‖² ÷ ‖W‖²; `w4g32-asym free` is with minima
+    of their own, as GGUF has them.
     """
 
     spec: ModelSpec
@@ -36,6 +43,7 @@ class Source:
     widths: tuple[int, ...]
     stored: str
     grid: int | None = None
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def step_bytes(self) -> int:
@@ -53,20 +61,25 @@ class Source:
         )
 
 
-def examine(checkpoint: Checkpoint) -> Source:
+def examine(checkpoint: Checkpoint, schemes: Sequence[str] = ()) -> Source:
     """Look at headers, and at a few rows of a few matrices. Raises as `model.families.read_spec` does."""
     spec, names = read_spec(checkpoint)
     model = Model(checkpoint, spec, names)
     widths: set[int] = set()
     kinds: set[str] = set()
     grids: list[int | None] = []
+    seen: list[Floats] = []
     for tensor in _some_linears(model):
         widths.add(tensor.shape[-1])
         kinds.add(_kind(tensor))
-        grids.append(grid_of(tensor))
+        seen.append(tensor.rows(slice(0, _ROWS)).dense32())
+        grids.append(grid_of(seen[-1]))
     known = [grid for grid in grids if grid is not None]
     grid = min(known) if known and len(known) == len(grids) else None
-    return Source(spec, checkpoint.format, checkpoint.nbytes, tuple(sorted(widths)), "/".join(sorted(kinds)), grid)
+    rounding = {scheme: rounding_error(seen, scheme) for scheme in schemes}
+    return Source(
+        spec, checkpoint.format, checkpoint.nbytes, tuple(sorted(widths)), "/".join(sorted(kinds)), grid, rounding
+    )
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -96,9 +109,21 @@ def _some_linears(model: Model) -> Iterator[Tensor]:
             yield model.stored(place)
 
 
-def grid_of(tensor: Tensor) -> int | None:
-    """The largest group in which (nearly) every run of a row's weights has at most 16 values."""
-    values = tensor.rows(slice(0, _ROWS)).dense32()
+def rounding_error(weights: Sequence[Floats], scheme: str) -> float:
+    """‖ΔW‖² ÷ ‖W‖² of rounding these rows to a scheme; with ` free` behind its name, with minima of their own."""
+    name, _, free = scheme.partition(" ")
+    target = parse_scheme(name).weights
+    assert target is not None
+    lost = kept = 0.0
+    for rows in weights:
+        coded = round_to_nearest(rows, target, "free" if free else "zero_point").dense32()
+        lost += float(((coded - rows) ** 2).sum())
+        kept += float((rows**2).sum())
+    return lost / kept
+
+
+def grid_of(values: Floats) -> int | None:
+    """The largest group in which (nearly) every run of a row's weights has at most 16 values; `values` `[rows, in]`."""
     found = None
     for group in _GROUPS:
         if values.shape[1] % group:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -31,6 +31,8 @@ TABLES = ("w8-sym", "keep")
 GGUF_SCHEMES = ("w4g32-sym", "w4g32-asym", "w8g32-sym")
 """Q4_0, Q4_1, Q8_0. The minimum of Q4_1 is a number of its own, where compressed-tensors has a whole zero point."""
 GGUF_METHODS = ("rtn", "gptq")
+LOOKED_AT = (*SCHEMES, "w8g32-sym", "w4g32-asym free")
+"""What `Source.rounding` is wanted of."""
 CUTS = (0.03, 0.07, 0.13)
 """Shares of the layers that may go."""
 LEAST_LAYERS, LEAST_BUDGET_TO_CUT = 12, 480.0
@@ -142,6 +144,16 @@ class Space:
     weights: tuple[Candidate, ...]
     servings: tuple[Serving, ...]
     dropped: tuple[tuple[str, str], ...] = field(default=())
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    """As `Source.rounding`."""
+
+    def error(self, candidate: Candidate) -> float | None:
+        """What plain rounding to its scheme does to the weights; None where that was not looked at."""
+        recipe = candidate.recipe
+        if recipe is None or recipe.budget is not None or candidate.blocks is not None:
+            return None
+        free = " free" if recipe.format == "gguf" and recipe.scheme.endswith("-asym") else ""
+        return self.rounding.get(recipe.scheme + free)
 
 
 def make_space(
@@ -159,7 +171,8 @@ def make_space(
         for recipe in recipes
         if recipe.format != "gguf"
     ]
-    return Space((*plain, *cut), tuple(_servings(goal, cores, processors)), tuple(dropped))
+    servings = tuple(_servings(goal, cores, processors))
+    return Space((*plain, *cut), servings, tuple(dropped), source.rounding)
 
 
 def _folders(source: Source, calibration: Calibration, dropped: list[tuple[str, str]]) -> Iterator[Recipe]:

@@ -28,6 +28,7 @@ COMMANDS = {
     "bench serve": "Measure how a server answers under load.",
     "evaluate": "Measure quality on a text: perplexity, and what was lost against a reference.",
     "compare": "Tell two models apart on the same text.",
+    "accelerate": "Find the fastest form of a model that keeps its quality, and prove both.",
     "prune": "Cut what matters least out of a model, or set weights to 0.",
     "card": "Show what was measured of a model that accelerate has made.",
     "distill": "Train a smaller model to say what a larger one says.",
