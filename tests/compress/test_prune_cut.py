@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="compression needs PyTorch")
-transformers = pytest.importorskip("transformers", reason="the tiny models come from transformers")
+pytest.importorskip("transformers", reason="the tiny models come from transformers")
 
 import torch
+import transformers
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.places import Model
@@ -276,7 +277,7 @@ def test_counts(text: str | None, had: int, multiple: int, left: int) -> None:
 
 @pytest.mark.parametrize("text", ["0", "31", "-1", "many", "120%", "0.5", ""])
 def test_counts_that_mean_nothing(text: str) -> None:
-    with pytest.raises(UsageError, match="to be left|would be left"):
+    with pytest.raises(UsageError, match=r"to be left|would be left"):
         count_of(text, 30, "blocks")
 
 
