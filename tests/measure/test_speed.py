@@ -121,7 +121,13 @@ def test_models_take_turns_until_the_time_is_over(prompts: list[tuple[int, ...]]
     assert lengths[:2] + lengths[18:20] == [512] * 4
 
 
-def test_each_regime_is_measured_once_whatever_the_time(prompts: list[tuple[int, ...]]) -> None:
-    names = ["prefill-512", "throughput-8"]
+def test_in_a_hurry_the_warm_up_counts_and_the_rest_is_left_out(prompts: list[tuple[int, ...]]) -> None:
+    names = ["throughput-8", "prefill-512"]
     report = speed.run_beside([speed.Settings("a", {}, [])], PROBES, names=names, repeat=50, seconds=0)[0]
-    assert [result["samples"] for result in report["results"]] == [1, 1]
+    assert [(result["regime"], result["samples"]) for result in report["results"]] == [("throughput-8", 1)]
+    assert report["results"][0]["median"] == pytest.approx(8 * 128 / 4)
+    report = speed.run_beside([speed.Settings("a", {}, [])], PROBES, names=names, repeat=50, seconds=6)[0]
+    assert [(result["regime"], result["samples"]) for result in report["results"]] == [
+        ("throughput-8", 1),
+        ("prefill-512", 3),
+    ]

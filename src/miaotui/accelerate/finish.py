@@ -60,7 +60,7 @@ class Finish:
         if winner is not None:
             sides.append(Side(artefact, winner.serving))
         seconds = max(LEAST_SECONDS, seconds)
-        names, left_out = self.fitting(winner, 0.8 * seconds)
+        names = self.fitting(winner, 0.8 * seconds)
         settings = [side.settings() for side in sides]
         found = self.ledger.note(
             f"speed {winner.key if winner else 'original'} {','.join(names)}",
@@ -79,10 +79,13 @@ class Finish:
         except FailedError as error:
             shown = None
             notes.append(f"Where a step's time goes was not measured: {error}")
-        return Measured(tuple(found["reports"]), shown, tuple(left_out), tuple(notes))
+        order = list(speed.regimes())
+        reports = tuple(_in_order(report, order) for report in found["reports"])
+        there = [result["regime"] for result in reports[0]["results"]]
+        return Measured(reports, shown, tuple(name for name in order if name not in there), tuple(notes))
 
-    def fitting(self, winner: Candidate | None, seconds: float) -> tuple[list[str], list[str]]:
-        """The regimes that can be had in that time, in the order of a report, and those that cannot.
+    def fitting(self, winner: Candidate | None, seconds: float) -> list[str]:
+        """The regimes that can be had in that time, those first that the goal is about.
 
         A regime costs its warm-up and one round, of both models. The goal's first regime is measured in any case.
         """
@@ -95,7 +98,11 @@ class Finish:
             if cost <= seconds or not chosen:
                 chosen.append(name)
                 seconds -= cost
-        return [name for name in before if name in chosen], [name for name in before if name not in chosen]
+        return chosen
+
+
+def _in_order(report: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    return {**report, "results": sorted(report["results"], key=lambda result: order.index(result["regime"]))}
 
 
 def regimes_of(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -33,8 +33,9 @@ from miaotui.measure.scoring import Opened, Settings
 if TYPE_CHECKING:
     from miaotui.compress.packing import Write
 
-WINDOW, MOST_WINDOWS = 512, 64
-"""Of the text that is chosen by."""
+WINDOW, SHORT_WINDOW, MOST_WINDOWS = 512, 256, 64
+"""Of the text that is chosen by; shorter ones in budgets of less than `LONG_BUDGET` seconds."""
+LONG_BUDGET = 240.0
 LAST_WINDOW, LEAST_LAST, MOST_LAST = 1024, 8, 64
 """Of the text that confirms."""
 LAST_ROUNDS = 9
@@ -66,7 +67,8 @@ class RealWorkshop:
         opened = subject.opened
         most = opened_length(opened)
         choose = read_data(str(subject.texts.choose))
-        cut = Windows(min(WINDOW, most), None, MOST_WINDOWS)
+        size = WINDOW if plan.budget >= LONG_BUDGET else SHORT_WINDOW
+        cut = Windows(min(size, most), None, MOST_WINDOWS)
         windows, _ = cut_windows(choose, cut, opened.tokenizer, opened.render)
         self._last = Windows(min(LAST_WINDOW, most))
         self._judge = Judge(opened, windows, folder / "original")

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ LEAST_BUDGET = 30.0
     help="Text to calibrate on; self: what the model writes itself.  [default: another part of that prose]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same search.")
-@click.option("--explain", is_flag=True, help="Say in sentences why each technique was kept or dropped.")
+@click.option("--explain", is_flag=True, help="Say of what was dropped, too, why it was.")
 @click.option("--restart", is_flag=True, help="Begin anew, where an earlier search was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")  # fmt: skip
 def command(
@@ -131,15 +131,10 @@ def _show(card: Card, out: Path, *, explain: bool, as_json: bool) -> None:
 
     from miaotui.accelerate.terminal import shown
 
+    if not explain:
+        kept = tuple(technique for technique in card.artefact.techniques if technique.kept)
+        card = replace(card, artefact=replace(card.artefact, techniques=kept))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(shown(card))
-    if explain:
-        click.echo("\n".join(explained(card)))
-
-
-def explained(card: Card) -> Iterator[str]:
-    """A line for each technique."""
-    for technique in card.artefact.techniques:
-        yield f"{'kept   ' if technique.kept else 'dropped'}  {technique.name}: {technique.why}"
 
 
 def _own_text(model: str) -> Any:

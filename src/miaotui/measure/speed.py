@@ -142,8 +142,9 @@ def run_beside(
 ) -> list[dict[str, Any]]:
     """`run` for models that are all in memory and take turns: one report for each.
 
-    With `seconds`, a regime is sampled until its intervals are tight or the time is over, at least once and `repeat`
-    times at most; what cannot be had in the time that is left is not begun again.
+    With `seconds`, a regime is sampled until its intervals are tight or the time is over, `repeat` times at most, and
+    what is not likely to end in time is not begun: a regime may be left with its warm-up as its only sample, and but
+    for the first with none, in which case the report lacks it.
     """
     chosen = select(names)
     machine = detect.detect()
@@ -157,7 +158,7 @@ def run_beside(
         limits = [_limits(probes, subject) for subject in subjects]
         samples = _rounds(chosen, subjects, repeat, seconds, tell)
         results = [
-            [_result(regime, taken[regime.name], subject, most) for regime in chosen]
+            [_result(regime, taken[regime.name], subject, most) for regime in chosen if taken[regime.name]]
             for subject, taken, most in zip(subjects, samples, limits, strict=True)
         ]
         models = [_describe(subject) for subject in subjects]
@@ -196,28 +197,38 @@ def _rounds(
     seconds: float | None,
     tell: Callable[[str], None],
 ) -> list[dict[str, list[float]]]:
-    """A warm-up, then rounds: for each subject its samples by regime."""
+    """A warm-up, then rounds: for each subject its samples by regime. In a hurry, the warm-up counts where it must."""
     samples: list[dict[str, list[float]]] = [{regime.name: [] for regime in chosen} for _ in subjects]
+    cold: dict[str, list[list[float]]] = {}
     took: dict[str, float] = {}
     ends = None if seconds is None else time.perf_counter() + seconds
     for number in range(repeat + 1):
         for regime in chosen:
-            if number > 1 and ends is not None and not _again(regime, samples, took[regime.name], ends):
+            if ends is not None and not _again(regime, samples, took, ends):
                 continue
             tell(f"round {number}/{repeat}: {regime.name}" if number else f"warm-up: {regime.name}")
             started = time.perf_counter()
-            for subject, taken in zip(subjects, samples, strict=True):
-                found = _sample(regime, subject)
-                if number:
-                    taken[regime.name] += found
+            found = [_sample(regime, subject) for subject in subjects]
             took[regime.name] = time.perf_counter() - started
+            if number == 0:
+                cold[regime.name] = found
+                continue
+            for taken, new in zip(samples, found, strict=True):
+                taken[regime.name] += new
+    for name, found in cold.items():
+        for taken, new in zip(samples, found, strict=True):
+            taken[name] = taken[name] or new
     return samples
 
 
-def _again(regime: Regime, samples: Sequence[Mapping[str, list[float]]], took: float, ends: float) -> bool:
-    """Whether another sample is wanted, and there is time for it."""
-    if time.perf_counter() + took > ends:
+def _again(
+    regime: Regime, samples: Sequence[Mapping[str, list[float]]], took: Mapping[str, float], ends: float
+) -> bool:
+    """Whether another sample is wanted, and there is time for it; of the very first one always."""
+    if took and time.perf_counter() + took.get(regime.name, 0.0) > ends:
         return False
+    if not samples[0][regime.name]:
+        return True
     figures = [summarise(taken[regime.name], higher_is_better=regime.higher_is_better) for taken in samples]
     tight = all(figure.high - figure.low <= 2 * TIGHT * figure.median for figure in figures)
     few = min(len(taken[regime.name]) for taken in samples) < 3
