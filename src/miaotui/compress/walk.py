@@ -35,6 +35,7 @@ from miaotui.compress.recipe import Precision, Recipe, parse_scheme
 from miaotui.compress.rotated import Rotations
 from miaotui.compress.solve import Rounding, round_layer, scale_layer, solve_table
 from miaotui.compress.solved import Part, Solved, about, save
+from miaotui.compress.stages import Pass, round_in_stages
 from miaotui.compress.statistics import Gathering, LayerStatistics
 from miaotui.compress.types import Coded, InputStatistics, Layer, LinearScheme, Place
 from miaotui.errors import UsageError
@@ -43,7 +44,7 @@ from miaotui.quant.rounding import bfloat16_bits, to_scale_type
 from miaotui.quant.scheme import QuantScheme, ScaleType
 from miaotui.quant.tensor import DenseTensor
 
-LAYOUT = 1
+LAYOUT = 2
 """Of what is solved by which arithmetic; part of what a part belongs to."""
 PRE_NORMS = frozenset({"attention_norm", "mlp_norm"})
 """Trained together with the linears that read them."""
@@ -99,6 +100,11 @@ class Work:
     def sequential(self) -> bool:
         """Whether a layer needs what the solved layers before it give."""
         return self.recipe.propagate or self.steps.qat is not None
+
+    @property
+    def staged(self) -> bool:
+        """Whether a layer is rounded group by group, refitted to what the original gave."""
+        return self.recipe.propagate and self.steps.rounder == "gptq" and self.steps.gptq.correct
 
 
 def scale_type_of(recipe: Recipe, model: Model) -> ScaleType:
@@ -230,7 +236,7 @@ class _Sequential:
     @property
     def _names(self) -> tuple[str, ...]:
         """The streams that are kept: of the solved layers, and of the original."""
-        return ("solved",) if self.work.steps.qat is None else ("solved", "target")
+        return ("solved", "target") if self.work.steps.qat is not None or self.work.staged else ("solved",)
 
     def _stream(self, name: str, index: int) -> Hidden:
         assert self.work.text is not None, "nothing to propagate"
@@ -269,9 +275,10 @@ class _Sequential:
             self._attach_original(layer, index)
         scale_layer(spec, layer, work.steps)
         scales, kv = static_scales(layer), _kv_scales(work, layer)
-        rounded = round_layer(layer, work.steps)
+        if "target" in self._names:
+            self._pass(layer, "target", index)
+        rounded = self._round(layer, index, scales)
         if work.steps.qat is not None:
-            self._pass(_exact(layer, rounded), "target", index)
             _apply(layer, rounded, self._tune(layer, rounded, index, scales))
         self._pass(layer, "solved", index, scales)
         part = _part(work, layer, rounded, scales, kv)
@@ -280,6 +287,14 @@ class _Sequential:
         for name in self._names:
             streams.drop_others(work.folder, name, frozenset({index + 1}))
         return part.error
+
+    def _round(self, layer: Layer, index: int, scales: dict[Place, float]) -> dict[str, Rounding]:
+        work = self.work
+        if not work.staged:
+            return round_layer(layer, work.steps)
+        original, solved = self._stream("target", index), self._stream("solved", index)
+        way = Pass(work.model.spec, original, solved, self.product, input_changes(layer, scales))
+        return round_in_stages(layer, work.steps, way)
 
     def _attach_original(self, layer: Layer, index: int) -> None:
         """Statistics of the original, rotated as the layer already is: on a copy that has them from the start."""
@@ -351,12 +366,6 @@ class _Sequential:
 def _weights(scheme: LinearScheme) -> QuantScheme:
     assert scheme.weights is not None
     return scheme.weights
-
-
-def _exact(layer: Layer, rounded: Mapping[str, Rounding]) -> Layer:
-    """The layer as it was before its rounding."""
-    groups = {key: replace(group, weights=rounded[key].exact) for key, group in layer.groups.items()}
-    return replace(layer, groups=groups)
 
 
 def _with(layer: Layer, values: Mapping[str, torch.Tensor]) -> Layer:

@@ -25,13 +25,15 @@ TRIES = 8
 class GptqOptions:
     """damping: share of the mean of the moment's diagonal that is added to it. order: columns by falling activation.
 
-    fit: how ranges are chosen, see `grid.fit`. polish: turns of `polish.polish` afterwards.
+    fit: how ranges are chosen, see `grid.fit`. polish: turns of `polish.polish` afterwards. correct: where a recipe
+    propagates, refit weights first to what the original gave (`compress.stages`).
     """
 
     damping: float = 0.01
     order: bool = True
     fit: Fit = "output"
     polish: int = 0
+    correct: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
