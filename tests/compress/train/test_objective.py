@@ -68,7 +68,8 @@ def test_chunks_and_accumulation_give_the_whole_gradient(
             sums[name] += value
     assert one.loss(sums, rows) == pytest.approx(float(loss), rel=1e-5)
     for (name, value), gradient in zip(parameters.items(), wanted, strict=True):
-        assert value.grad is not None and gradient is not None, name
+        assert value.grad is not None, name
+        assert gradient is not None, name
         np.testing.assert_allclose(value.grad.numpy(), gradient.numpy(), atol=2e-6, rtol=2e-4, err_msg=name)
 
 

@@ -9,7 +9,9 @@ cryptographic one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,15 +39,15 @@ class Private:
         self.rate = batch / windows
         self.batch, self.clip = batch, clip
         try:
-            self.noise = float(
-                get_noise_multiplier(
+            with _quiet():
+                found = get_noise_multiplier(
                     target_epsilon=wanted.epsilon,
                     target_delta=wanted.delta,
                     sample_rate=self.rate,
                     steps=steps,
                     accountant="rdp",
                 )
-            )
+            self.noise = float(found)
         except ValueError as error:
             raise UsageError(
                 f"No noise gives ε = {wanted.epsilon:g} in {steps} steps.",
@@ -87,7 +89,10 @@ class Private:
     @property
     def epsilon(self) -> float:
         """Of all steps until now."""
-        return float(self.accountant.get_epsilon(delta=self.wanted.delta)) if self.accountant.history else 0.0
+        if not self.accountant.history:
+            return 0.0
+        with _quiet():
+            return float(self.accountant.get_epsilon(delta=self.wanted.delta))
 
     # -- checkpoints -------------------------------------------------------------------------------------
     @property
@@ -104,12 +109,21 @@ class Private:
         return {**found, "sample_rate": self.rate}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a bound could be tighter with more orders of Rényi's divergence: it holds as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is", category=UserWarning)
+        yield
+
+
 def _opacus() -> tuple[Any, Any, Any]:
     try:
         from opacus import accountants, optimizers
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError as error:
         raise DependencyError(
-            f"Differential privacy is Opacus's, which is not installed ({error}).", "Install it: pip install 'miaotui[private]'."
+            f"Differential privacy needs Opacus, which is absent ({error}).",
+            "Install it: pip install 'miaotui[private]'.",
         ) from error
     return accountants, optimizers, get_noise_multiplier
