@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -268,3 +268,27 @@ def test_the_original_served_better_may_win(tmp_path: Path) -> None:
     assert outcome.winner is not None
     assert outcome.winner.candidate == ORIGINAL.served(speculative="ngram")
     assert outcome.winner.exact
+
+
+# -- what rounding does to the weights ---------------------------------------------------------------------
+ROUNDING = {"w4g128-sym": 4e-2, "w4g64-sym": 3e-2, "w4g32-sym": 2e-2, "w8-sym": 1e-4}
+
+
+def test_the_safest_comes_first(tmp_path: Path) -> None:
+    space = replace(fake_space(), rounding=ROUNDING)
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(FakeWorkshop(), journal, space=space)
+    assert scheme(outcome.attempts[0].candidate) == "w8-sym"
+    assert recipe_of(outcome) == ("w4g64-sym", "gptq")
+
+
+def test_what_must_lose_far_too_much_is_not_built(tmp_path: Path) -> None:
+    """int4 in groups of 32 is 20% off by plain rounding: in groups of 128 it must be more than any method saves."""
+    space = replace(fake_space(), rounding=ROUNDING)
+    workshop = FakeWorkshop(loss=lambda c: 30 * loss_of(c) if scheme(c).startswith("w4") else loss_of(c))
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(workshop, journal, space=space)
+    assert recipe_of(outcome)[0] == "w8-sym"
+    assert sum(scheme(a.candidate).startswith("w4") for a in outcome.attempts) == 1
+    reasons = [why for candidate, why in outcome.skipped if scheme(candidate).startswith("w4")]
+    assert any("rounding changes its weights" in why for why in reasons)
