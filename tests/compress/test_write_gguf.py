@@ -230,7 +230,7 @@ def test_a_coded_cache_is_refused(llama: Path) -> None:
 
 def test_rows_are_whole_blocks(tmp_path: Path) -> None:
     folder = original(sized("llama", intermediate_size=100), tmp_path)
-    with pytest.raises(UsageError, match=r"ffn_down.weight have 100 weights, not a multiple of 32.*Keep it"):
+    with pytest.raises(UsageError, match=r"down_proj have 100 weights, not a multiple of 32.*Keep it"):
         written(solve(folder, "q4_0"), tmp_path / "out.gguf")
     toy = solve(folder, lambda place: "keep" if place.role == "mlp_out" else "q4_0")
     verify(toy, written(toy, tmp_path / "out.gguf"))

@@ -100,11 +100,12 @@ def _check_schemes(original: Model, names: Names, schemes: Mapping[Place, Linear
     """Every scheme has a kind of blocks, every row is whole blocks, and a layer's experts share their scheme."""
     stacked: dict[str, LinearScheme] = {}
     for place, scheme in schemes.items():
-        name = _name(names, place)
-        if stacked.setdefault(name, scheme) != scheme:
-            _refuse(f"The experts in {name} are one tensor in GGUF but have different schemes", "one scheme")
+        stack = _name(names, place)
+        if stacked.setdefault(stack, scheme) != scheme:
+            _refuse(f"The experts in {stack} are one tensor in GGUF but have different schemes", "one scheme")
         if scheme.kept:
             continue
+        name = place.name(original.names).removesuffix(".weight")
         kind = gguf_kind(scheme)
         if kind is None:
             why = f" with {scheme.weights.scale_type} scales" if scheme.weights is not None else ""
