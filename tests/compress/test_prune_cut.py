@@ -73,7 +73,7 @@ TOKENS = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(3
 
 
 # -- depth -----------------------------------------------------------------------------------------------------
-DEEP = ["llama-bias", "qwen3-tied-bias", "gemma2-scale", "phi3", "granite", "olmo2", "starcoder2", "mixtral", "mistral"]
+DEEP = ["llama-bias", "qwen3-tied-bias", "gemma2-scale", "phi3", "olmo2", "mixtral"]
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -168,10 +168,16 @@ def with_dead_parts(arrays: toys.Arrays) -> None:
             arrays[f"{prefix}{name}.weight"][hidden] = 0
 
 
-@pytest.mark.parametrize("given", [{"groups": "2"}, {"channels": "40%"}, {"hidden": "36"},
-                                   {"groups": "2", "channels": "32", "hidden": "75%", "correct": False},
-                                   {"groups": "2", "channels": "32", "hidden": "36", "blocks": "4"}])  # fmt: skip
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("given", "tied"),
+    [
+        ({"groups": "2"}, False),
+        ({"channels": "40%"}, False),
+        ({"hidden": "36"}, True),
+        ({"groups": "2", "channels": "32", "hidden": "75%", "correct": False}, True),
+        ({"groups": "2", "channels": "32", "hidden": "36", "blocks": "4"}, False),
+    ],
+)
 def test_what_did_nothing_can_go_and_nothing_changes(
     given: dict[str, Any], tied: bool, workplace: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +199,7 @@ def test_what_did_nothing_can_go_and_nothing_changes(
     torch.testing.assert_close(logits(left, TOKENS), logits(load(folder), TOKENS), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "granite", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gemma3", "phi3", "granite", "starcoder2"])
 def test_families_can_be_made_narrower(name: str, workplace: Path, tmp_path: Path) -> None:
     folder, _ = golden(CASES[name], tmp_path)
     report = run(folder, workplace, tmp_path / "out", groups="1", channels="64")
