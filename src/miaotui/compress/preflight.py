@@ -158,6 +158,7 @@ def _try_text(work: Work, product: torch.dtype, *, gathers: bool) -> float:
     assert work.text is not None
     chunks = len(work.text.tokens) / len(chunk)
     passes = (1.5 if gathers else 0.0) + (1.0 if work.sequential else 0.0) + (1.5 if work.recipe.propagate else 0.0)
+    passes += 6.0 if work.staged else 0.0
     total = passes * chunks * once
     if work.steps.qat is not None:
         steps = work.steps.qat.steps * work.steps.qat.batch / len(chunk)
