@@ -46,14 +46,19 @@ def scribble(folder: Path, prompts: Sequence[Sequence[int]], tokens: int, seed: 
     return [[chance.randrange(3, TOKENS - 2) for _ in range(tokens)] for _ in prompts]
 
 
+def everything(folder: Path, on_policy: float = 0.34) -> Settings:
+    """Two tasks, accumulation, and a share that the student writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = (Task(str(write_text(folder / "one.txt"))), Task(str(write_text(folder / "two.txt", 1)), 3.0))
+    return replace(SMALL, tasks=tasks, on_policy=on_policy, on_policy_every=5, micro_batch=4)
+
+
 def go(folder: Path, settings: Settings | None = None, **options: Any) -> dict[str, Any]:
     """Train `folder/out` from what lies, or is made, in the folder."""
     teacher = tiny.folder(folder / "teacher")
     student = tiny.folder(folder / "student", seed=1, num_hidden_layers=1, hidden_size=24)
-    if settings is None:
-        tasks = (Task(str(write_text(folder / "one.txt"))), Task(str(write_text(folder / "two.txt", 1)), 3.0))
-        settings = replace(SMALL, tasks=tasks, on_policy=0.34, on_policy_every=5, micro_batch=4)
-    return distil(Request(str(student), str(teacher)), folder / "out", settings, write=scribble, **options)
+    request = Request(str(student), str(teacher))
+    return distil(request, folder / "out", settings or everything(folder), write=scribble, **options)
 
 
 def _tell() -> Callable[[int, int], None]:
@@ -62,4 +67,4 @@ def _tell() -> Callable[[int, int], None]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    go(Path(sys.argv[1]), tell=_tell())
+    go(Path(sys.argv[1]), everything(Path(sys.argv[1]), float(sys.argv[2])), tell=_tell())

@@ -25,7 +25,7 @@ from miaotui.errors import UsageError
 from miaotui.model.families import read_spec
 from miaotui.quant.tensor import GroupedTensor
 from tests.compress.train.making import tiny
-from tests.compress.train.running import SMALL, go, write_text
+from tests.compress.train.running import SMALL, everything, go, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +41,14 @@ def settings_of(tmp_path: Path, **changes: object) -> Settings:
 def test_two_processes_are_one_with_double_the_batch(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "tests.compress.train.running", str(tmp_path / "two")]
+    command = [*launch, "-m", "tests.compress.train.running", str(tmp_path / "two"), "0"]
     for name in ("two", "one"):
         tiny.folder(tmp_path / name / "teacher")
         tiny.folder(tmp_path / name / "student", seed=1, num_hidden_layers=1, hidden_size=24)
     done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [str(i + 1) for i in range(10)]
-    alone = go(tmp_path / "one")
+    alone = go(tmp_path / "one", everything(tmp_path / "one", 0.0))
     together = json.loads((tmp_path / "two" / "out" / "training.json").read_text())
     assert together["tokens"] == alone["tokens"]
     for one, two in zip(alone["held_out"], together["held_out"], strict=True):
