@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_kit import models, report
-from benchmarks.peer_kit.environments import DEFAULT, PEERS, Peer, PeerUnavailableError, install
-from benchmarks.peer_kit.measure import REGIMES, Duel, Moment, Plan, Probe, Regime, same_start, summary
-from benchmarks.peer_kit.process import ROOT, Worker
-from benchmarks.peer_kit.runners.worker import Config
 from miaotui.checkpoint import open_checkpoint
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.cli.probes import native_probes
 from miaotui.hardware import ceilings, detect
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.hardware.sensors import Watch
+from miaotui.measure.peers.alone.peer_runners.worker import Config
+from miaotui.measure.peers.environments import DEFAULT, PEERS, Peer, PeerUnavailableError, install
+from miaotui.measure.peers.pairs import REGIMES, Duel, Moment, Plan, Probe, Regime, same_start, summary
+from miaotui.measure.peers.process import Worker
 from miaotui.measure.work import Cost
 from miaotui.model.families import read_spec
 from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 QUESTION = "The capital of France is"
 PROBE_SECONDS = 0.12
@@ -184,7 +185,7 @@ class Subject:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         who = "miaotui itself" if runner == "ours" else "it"
-        return Worker(f"benchmarks.peer_kit.runners.{runner}", python, config, logs / f"{name}.log", who)
+        return Worker(f"peer_runners.{runner}", python, config, logs / f"{name}.log", who)
 
     def _same_start(self, ours: Worker, theirs: Worker) -> dict[str, Any]:
         found = same_start(ours, theirs, self.question)

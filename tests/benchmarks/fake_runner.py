@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from miaotui.measure.peers.alone.peer_runners.worker import Config, Generation, serve
 
 FAILS, DIES = 1_000_001, 1_000_002
 """Prompts that begin so."""

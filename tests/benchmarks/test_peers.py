@@ -17,14 +17,14 @@ import pytest
 
 from benchmarks import peers
 from benchmarks.peer_kit import models, report
-from benchmarks.peer_kit.environments import PEERS, Peer, PeerUnavailableError, install, wheel_requirements
-from benchmarks.peer_kit.measure import REGIMES, Duel, Moment, Pair, Plan, Run, same_start, summary
-from benchmarks.peer_kit.process import Worker
-from benchmarks.peer_kit.runners.worker import Config, Generation
 from miaotui import LLM, SamplingParams
 from miaotui.backends.ops import Attention
 from miaotui.checkpoint import open_checkpoint
 from miaotui.hardware.ceilings import Ceilings
+from miaotui.measure.peers.alone.peer_runners.worker import Config, Generation
+from miaotui.measure.peers.environments import PEERS, Peer, PeerUnavailableError, install, wheel_requirements
+from miaotui.measure.peers.pairs import REGIMES, Duel, Moment, Pair, Plan, Run, same_start, summary
+from miaotui.measure.peers.process import Worker
 from miaotui.measure.work import Cost
 from miaotui.model.spec import LayerSpec, ModelSpec
 from tests.benchmarks.fake_runner import DIES, FAILS
@@ -179,7 +179,9 @@ def test_same_start() -> None:
 def start(folder: Path, weights: str = "there") -> Worker:
     cpu = min(os.sched_getaffinity(0))
     config = Config(weights, 1, [cpu], 4, 256)
-    return Worker("tests.benchmarks.fake_runner", Path(sys.executable), config, folder / "log")
+    return Worker(
+        "tests.benchmarks.fake_runner", Path(sys.executable), config, folder / "log", home=Path(__file__).parents[2]
+    )
 
 
 def test_a_worker_answers_pinned_and_sleeps_in_between(tmp_path: Path) -> None:

@@ -22,13 +22,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Config:
-    """How to load: `weights` is a file or a folder, `streams` and `length` the most sequences and positions."""
+    """How to load: `weights` is a file or a folder, `streams` and `length` the most sequences and positions.
+
+    options: others of LLM, for miaotui itself.
+    """
 
     weights: str
     threads: int
     cpus: list[int]
     streams: int
     length: int
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

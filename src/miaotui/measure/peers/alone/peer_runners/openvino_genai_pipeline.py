@@ -10,14 +10,14 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from .worker import Config, Generation, serve
 
 BATCH = 512
 """Tokens in one step at most."""
 CACHE_GIB = 2
 
 
-class Clock(openvino_genai.StreamerBase):  # type: ignore[misc]
+class Clock(openvino_genai.StreamerBase):
     """Notes when each new token is handed out."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from .worker import Config, Generation, serve
 
 CACHE_GIB = 2
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from benchmarks.peer_kit.environments import PeerUnavailableError
-from benchmarks.peer_kit.runners.worker import Generation
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.hardware.sensors import BUSY, Watch
+from miaotui.measure.peers.alone.peer_runners.worker import Generation
+from miaotui.measure.peers.environments import PeerUnavailableError
 from miaotui.measure.stats import summarise
 from miaotui.measure.work import Cost
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from .worker import Config, Generation, serve
 
 BATCH = 512
 """Tokens in one step at most."""
@@ -14,7 +15,7 @@ BATCH = 512
 
 class Ours:
     def __init__(self, config: Config) -> None:
-        from miaotui.cli.load import load
+        from miaotui import LLM
 
         options: dict[str, Any] = {
             "threads": config.threads,
@@ -22,8 +23,10 @@ class Ours:
             "max_num_seqs": config.streams,
             "max_num_batched_tokens": BATCH,
             "enable_prefix_caching": False,
+            **config.options,
         }
-        self.llm = load(config.weights, options)
+        self.llm = LLM(config.weights, **options)
+        gc.freeze()  # as the command line does: no collection between two tokens walks what is here to stay
         executor = self.llm.engine.executor
         self.settings = options
         self.facts = {"weight_bytes": executor.weight_bytes, "block_bytes": executor.block_bytes}

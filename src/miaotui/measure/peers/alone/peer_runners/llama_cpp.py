@@ -13,7 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from .worker import Config, Generation, serve
 
 BATCH = 512
 """n_batch and n_ubatch: tokens in one step at most."""

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.peer_kit.runners.worker import Config, Generation, serve
+from .worker import Config, Generation, serve
 
 
 class Clock(BaseStreamer):

@@ -15,22 +15,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from benchmarks.peer_kit.environments import PeerUnavailableError
-from benchmarks.peer_kit.runners.worker import Config, Generation
+from miaotui.measure.peers.alone.peer_runners.worker import Config, Generation
+from miaotui.measure.peers.environments import PeerUnavailableError
 
 START_SECONDS, ANSWER_SECONDS = 600.0, 900.0
-ROOT = Path(__file__).resolve().parents[2]
+ALONE = Path(__file__).parent / "alone"
 
 
 class Worker:
     """One engine. After `__init__` it is loaded and paused; whoever asks it something wakes it for that time only.
 
     Idle engines keep threads that spin or poll; a paused one (SIGSTOP to its process group) takes nothing from the
-    one that is being measured. `module` is run by `python` from the checkout's root; `who` begins the messages.
-    Raises PeerUnavailableError when it fails to start, to answer, or in time.
+    one that is being measured. `module` is run by `python`, which imports from `home` beside its own; `who` begins the
+    messages. Raises PeerUnavailableError when it fails to start, to answer, or in time.
     """
 
-    def __init__(self, module: str, python: Path, config: Config, log: Path, who: str = "it") -> None:
+    def __init__(
+        self, module: str, python: Path, config: Config, log: Path, who: str = "it", home: Path = ALONE
+    ) -> None:
         command = [str(python), "-m", module, json.dumps(asdict(config))]
         self._log, self._who = log, who
         self._buffer = b""
@@ -40,8 +42,8 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=ROOT,
-                env=_environment(python, config.threads),
+                cwd=home,
+                env=_environment(python, config.threads, home),
                 start_new_session=True,
             )
         try:
@@ -141,11 +143,12 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _environment(python: Path, threads: int) -> dict[str, str]:
+def _environment(python: Path, threads: int, home: Path) -> dict[str, str]:
     """As many threads everywhere; Intel's OpenMP where the peer's environment has it, as vLLM's guide asks."""
     number = str(threads)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     variables = {**os.environ, **dict.fromkeys(names, number), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    variables["PYTHONPATH"] = str(home)
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():
         variables["LD_PRELOAD"] = str(openmp)
