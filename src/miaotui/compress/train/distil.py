@@ -15,6 +15,7 @@ import torch
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.files import read_json
 from miaotui.checkpoint.write import atomic_folder, write_json
+from miaotui.compress.precision import resolved
 from miaotui.compress.train.assets import TextFiles
 from miaotui.compress.train.corpus import Corpus, Texts
 from miaotui.compress.train.folder import dense_config
@@ -28,7 +29,7 @@ from miaotui.compress.train.settings import Precision, Settings, plain
 from miaotui.compress.train.state import Store
 from miaotui.compress.train.student import Lora, Student, shape_config
 from miaotui.compress.train.teacher import Teacher
-from miaotui.errors import UsageError
+from miaotui.errors import ResourceError, UsageError
 from miaotui.model.chat import ChatTemplate, find_chat_templates
 from miaotui.model.tokenizer import Tokenizer
 from miaotui.quant.tensor import DenseType
@@ -143,12 +144,12 @@ def student_of(request: Request, teacher: Teacher | None, settings: Settings) ->
 def product_type(precision: Precision, device: str) -> torch.dtype:
     """The type that matrices are multiplied in: bfloat16 where the machine does so itself (AVX-512-BF16, AMX, a GPU).
 
-    Weights, their moments, norms, the residual stream and the loss stay float32.
+    Weights, their moments, norms, the residual stream and the loss stay float32. Raises ResourceError for a GPU that
+    is not there.
     """
-    if precision == "auto":
-        native = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ResourceError(f"There is no {device} that PyTorch can use.", "Leave out --device.")
+    return torch.bfloat16 if resolved(precision, device) == "bf16" else torch.float32
 
 
 def _corpora(source: Checkpoint, settings: Settings, work: Path, group: Group) -> list[Corpus]:
@@ -188,6 +189,7 @@ def _private(settings: Settings, corpora: list[Corpus], processes: int) -> Priva
         windows=len(corpora[0].train),
         clip=settings.clip,
         seed=settings.seed,
+        device=settings.device,
     )
 
 

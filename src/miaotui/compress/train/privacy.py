@@ -26,7 +26,9 @@ class Private:
     Raises UsageError where no amount of noise gives the wanted ε.
     """
 
-    def __init__(self, wanted: Privacy, *, steps: int, batch: int, windows: int, clip: float, seed: int) -> None:
+    def __init__(
+        self, wanted: Privacy, *, steps: int, batch: int, windows: int, clip: float, seed: int, device: str = "cpu"
+    ) -> None:
         accountants, optimizers, get_noise_multiplier = _opacus()
         if batch > windows:
             raise UsageError(f"A batch of {batch} windows is drawn of {windows}.", "Ask for a smaller batch.")
@@ -55,7 +57,7 @@ class Private:
             ) from error
         self.accountant: Any = accountants.RDPAccountant()
         self._optimizers = optimizers
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self._clipped: Any = None
 
     def begin(self, parameters: Sequence[torch.Tensor]) -> None:
