@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaotui.accelerate import texts
+from miaotui.accelerate.against import Against
 from miaotui.accelerate.attempt import Attempt, Plan
 from miaotui.accelerate.card import Card, Energies, Model, Peer
 from miaotui.accelerate.compose import Findings, compose, model_of
@@ -53,8 +54,6 @@ WINDOWS = ((600.0, 64), (300.0, 32), (0.0, 16))
 """From a budget of so many seconds on, so many windows to calibrate on."""
 
 Tell = Callable[[str], None]
-Against = Callable[[str, str, Mapping[str, Any]], Sequence[Peer]]
-"""Measures peers: (original, artefact, LLM's options for the artefact) → what was found."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Request:
     plan: Plan
     data: str | None = None
     calibration: str | None = None
+    against: tuple[str, ...] = ()
+    """Peers to measure too, beyond the budget."""
     command: str = ""
     """The command line that asks for this."""
 
@@ -80,7 +81,6 @@ def accelerate(
     *,
     restart: bool = False,
     write: Write | None = None,
-    against: Against | None = None,
     tell: Tell = lambda line: None,
 ) -> Card:
     """Search, build, measure, and leave `request.out` as a folder with the winner (none where the original is kept)
@@ -96,7 +96,7 @@ def accelerate(
     subject = Subject(request.model, opened, text)
     with Journal(request.work / "journal", _belongs_to(request, subject), restart=restart) as journal:
         run = _Run(request, subject, source, probes, journal, write, tell)
-        card = run.card(against)
+        card = run.card()
     shutil.rmtree(request.work, ignore_errors=True)
     return card
 
@@ -121,15 +121,15 @@ class _Run:
         longest = source.spec.max_position
         load = fitted(lambda load: 2 * Predictor(source, limits, load).round_seconds(self.plan.goal), most, longest)
         self.predictor = Predictor(source, limits, load)
-        builder = Builder(request.model, request.work / "cut", tell, write)
-        self.workshop = RealWorkshop(subject, self.plan, load, request.work, builder)
+        self.builder = Builder(request.model, request.work / "cut", tell, write)
+        self.workshop = RealWorkshop(subject, self.plan, load, request.work, self.builder)
         self.ledger = Ledger(journal, self.workshop)
         self.calibration = calibration_of(request.plan, subject.texts)
         self.space = make_space(
             source, self.plan.goal, detect.usable_cores(), len(detect.affinity()), self.calibration, request.plan.budget
         )
 
-    def card(self, against: Against | None) -> Card:
+    def card(self) -> Card:
         """Search and measure; leaves the artefact."""
         try:
             outcome = self._searched()
@@ -140,8 +140,7 @@ class _Run:
             report = self._quality(winner)
         finally:
             self.workshop.rest()
-        options = {} if winner is None else winner.candidate.serving.options()
-        peers = () if against is None else tuple(against(self.request.model, path, options))
+        peers = self._peers(winner, path)
         found = Findings(
             model=self._model(),
             source=self.source,
@@ -196,6 +195,14 @@ class _Run:
         return self.ledger.note(
             "quality original", lambda: quality.evaluate(self.request.model, data, cut=cut, settings=settings)
         )
+
+    def _peers(self, winner: Attempt | None, path: str) -> tuple[Peer, ...]:
+        options = {} if winner is None else winner.candidate.serving.options()
+        against = Against(
+            self.request.model, path, options, self.source, self.predictor.limits, self.request.work / "peers",
+            self.ledger, self.builder, self.tell,
+        )  # fmt: skip
+        return against.measure(self.request.against)
 
     def _model(self) -> Model:
         checkpoint = self.subject.opened.checkpoint

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from miaotui.cli.options import MODEL
+from miaotui.cli.options import MODEL, split_names
+from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
     from miaotui.accelerate.card import Card
 
+PEERS = ("transformers", "llama.cpp", "openvino", "vllm")
 GOALS = ("latency", "throughput", "memory", "balanced")
 
 
@@ -85,6 +87,11 @@ LEAST_BUDGET = 30.0
     help="Text to calibrate on; self: what the model writes itself.  [default: another part of that prose]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same search.")
+@click.option(
+    "--against",
+    metavar="A,B,…",
+    help=f"Measure these too, where they are installed: {', '.join(PEERS)}. Takes minutes beyond the budget.",
+)
 @click.option("--explain", is_flag=True, help="Say of what was dropped, too, why it was.")
 @click.option("--restart", is_flag=True, help="Begin anew, where an earlier search was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")  # fmt: skip
@@ -97,6 +104,7 @@ def command(
     data: str | None,
     calibration: str | None,
     seed: int,
+    against: str | None,
     explain: bool,
     restart: bool,
     as_json: bool,
@@ -106,12 +114,13 @@ def command(
     Weights, number types and ways to serve are tried, the promising first. What wins within the floor is measured in
     full beside the original and written with its card. A search that was stopped goes on when asked for again.
     """
+    peers = _peers(against)
     from miaotui.accelerate.attempt import Plan
     from miaotui.accelerate.run import Request, accelerate
     from miaotui.cli.probes import native_probes
 
     plan = Plan(goal, floor, budget, seed)
-    request = Request(model, out, plan, data, calibration, _command_line())
+    request = Request(model, out, plan, data, calibration, peers, _command_line())
     card = accelerate(
         request,
         native_probes(),
@@ -135,6 +144,14 @@ def _show(card: Card, out: Path, *, explain: bool, as_json: bool) -> None:
         kept = tuple(technique for technique in card.artefact.techniques if technique.kept)
         card = replace(card, artefact=replace(card.artefact, techniques=kept))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(shown(card))
+
+
+def _peers(against: str | None) -> tuple[str, ...]:
+    names = split_names(against, "--against") or []
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"--against knows no {name!r:.60}.", f"Choose from {', '.join(PEERS)}.")
+    return tuple(dict.fromkeys(names))
 
 
 def _own_text(model: str) -> Any:

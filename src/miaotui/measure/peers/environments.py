@@ -71,13 +71,26 @@ PEERS = {
 DEFAULT = ("llama.cpp", "openvino", "vllm", "transformers")
 
 
-def install(peer: Peer, folder: Path, tell: Callable[[str], None]) -> Path:
-    """The peer's Python, its environment in `folder` made or completed first. Raises PeerUnavailableError."""
+def installed(peer: Peer, folder: Path) -> Path | None:
+    """The peer's Python, where its environment in `folder` is whole and made by the recipe of today."""
     home = folder / peer.environment
-    python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    marker = home / "installed.json"
+    python, marker = _python(home), home / "installed.json"
     if python.exists() and marker.exists() and json.loads(marker.read_text())["recipe"] == peer.recipe:
         return python
+    return None
+
+
+def _python(home: Path) -> Path:
+    return home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def install(peer: Peer, folder: Path, tell: Callable[[str], None]) -> Path:
+    """The peer's Python, its environment in `folder` made or completed first. Raises PeerUnavailableError."""
+    found = installed(peer, folder)
+    if found is not None:
+        return found
+    home = folder / peer.environment
+    python, marker = _python(home), home / "installed.json"
     tell(f"installing {peer.name} into {home} (its log: install.log)")
     home.mkdir(parents=True, exist_ok=True)
     with (home / "install.log").open("w") as log:
