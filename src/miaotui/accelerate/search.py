@@ -353,7 +353,7 @@ class _Search:
         self._time_it(attempt, ROUNDS)
 
     def _time_it(self, attempt: Attempt, rounds: int) -> None:
-        """A duel, again while others disturb it; the least disturbed counts. A neighbour that stays is not waited for."""
+        """A duel, again while others disturb it; the least disturbed counts. One that stays is not waited for."""
         found: Duel | None = None
         for again in range(1 if any(a.disturbed for a in self.attempts) else TRIES):
             duel = self.ledger.duel(attempt.candidate, rounds, f"{len(attempt.duel)}.{again}")
