@@ -274,19 +274,21 @@ def test_a_flipped_bit_is_found(llama: Path, tmp_path: Path, tensor: str) -> Non
         verify(toy, path)
 
 
-@pytest.mark.parametrize("key", ["llama.rope.freq_base", "tokenizer.ggml.merges"])
-def test_changed_settings_are_found(llama: Path, tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "why"), [("llama.rope.freq_base", "the rotary embedding"), ("tokenizer.ggml.merges", "other tokens")]
+)
+def test_changed_settings_are_found(llama: Path, tmp_path: Path, key: str, why: str) -> None:
     toy = solve(llama, "q4_0")
     path = written(toy, tmp_path / "out.gguf")
     data = path.read_bytes()
     if key.endswith("merges"):
-        merges = open_checkpoint(path).config[key]
-        data = data.replace(merges[40].encode(), merges[41].encode().ljust(len(merges[40])), 1)
+        first, *others = (merge.encode() for merge in open_checkpoint(path).config[key])
+        data = data.replace(first, next(other for other in others if len(other) == len(first)), 1)
     else:
         at = data.index(key.encode()) + len(key) + 4
         data = data[:at] + np.float32(123.0).tobytes() + data[at + 4 :]
     path.write_bytes(data)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=why):
         verify(toy, path)
 
 

@@ -203,7 +203,7 @@ def config_of_gguf(source: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     made = {**named, **settings, "bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0]}
     other = difference(spec, spec_of_config(made))
     if other is not None:
-        _unsaid(f"it would be read with another {other}")
+        _unsaid(f"{other} would be read otherwise")
     return made
 
 

@@ -197,7 +197,7 @@ def check_spec(spec: ModelSpec, preview: Preview) -> None:
     """Raises UnsupportedModelError where the file would be read as another model."""
     other = difference(spec, read_spec(preview)[0])
     if other is not None:
-        _unsaid(f"it would be read with another {other}")
+        _unsaid(f"{other} would be read otherwise")
 
 
 def _unsaid(why: str) -> NoReturn:
