@@ -267,7 +267,7 @@ class Trainer:
                 f"At step {at} {what}, after {ROLLBACKS} returns to a checkpoint.",
                 f"Start again with a smaller --rate than {self.settings.rate:g}, a longer --warmup, or a lower --clip.",
             )
-        rollbacks, position = self.progress.rollbacks + 1, self.loader.position
+        rollbacks = self.progress.rollbacks + 1
         snapshot = self.store.load()
         assert snapshot is not None, "a training saves before its first step"
         self._restore(snapshot)
@@ -277,7 +277,7 @@ class Trainer:
             f"step {at}: {what}; back to step {self.progress.step} with {SMALLER:g} times the rate "
             f"({rollbacks} of {ROLLBACKS})"
         )
-        self._save(position)
+        self._save()
 
     # -- checkpoints -------------------------------------------------------------------------------------
     def _open(self, journal: Callable[[int], Journal]) -> tuple[Loader, Journal]:
@@ -297,10 +297,9 @@ class Trainer:
             opened.say(f"going on from step {self.progress.step}")
         return loader, opened
 
-    def _save(self, position: Position | None = None) -> None:
-        at = position or self.loader.position
+    def _save(self) -> None:
         if self.group.first:
-            self.store.save(self._snapshot(at))
+            self.store.save(self._snapshot(self.loader.position))
         self.group.wait()
 
     def _snapshot(self, at: Position) -> Snapshot:
