@@ -94,9 +94,10 @@ def command(model: str, out: Path, device: str, restart: bool, as_json: bool, **
     from miaotui.cli.self_text import self_text
 
     recipe = recipe_of(out, **given)
+    written = self_text(model, shown=sys.stderr.isatty(), tell=lambda line: click.echo(line, err=True))
     with shown() as tell:
         report = compress(
-            model, recipe, out, device=device, resume=not restart, tell=tell, answer=_answer, write=self_text(model)
+            model, recipe, out, device=device, resume=not restart, tell=tell, answer=_answer, write=written
         )
     if as_json:
         click.echo(json.dumps(report.plain(), ensure_ascii=False))

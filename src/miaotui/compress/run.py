@@ -8,12 +8,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import miaotui
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.checkpoint.write import atomic_file, atomic_folder
@@ -210,7 +210,7 @@ def _statistics(work: Work, cache: Path, tell: Tell) -> Statistics | None:
 def _made_with(model: str, work: Work) -> dict[str, Any]:
     """Versions and fingerprints, for people: with these the recipe gives the same bits."""
     made = {
-        "miaotui": miaotui.__version__,
+        "miaotui": version("miaotui"),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "model": model,
