@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ def cut(model: Model, settings: PruneSettings, shelf: Shelf, tell: Tell) -> Prun
     """Measure, choose what stays, and cut. The folder's tensors lie on the shelf where they changed."""
     wanted = sizes(model, settings.cut)
     narrow.check_sizes(model.spec, wanted)
+    every = Kept(tuple(range(len(model.spec.layers))), {}, {})
+    _config(model, every, replace(wanted, layers=len(every.layers)))  # refuses before the long work
     found = calibrated(model, settings.calibration, settings.cache, half(tell, 0))
     with torch.no_grad():
         made = _Cutting(model, settings.cut, wanted, found)
@@ -64,6 +67,15 @@ def sizes(model: Model, cut: Cut) -> Sizes:
     if vars(wanted) == vars(whole):
         raise UsageError("Nothing would be cut: all of it is left.", "Keep less of something.")
     return wanted
+
+
+def _config(model: Model, kept: Kept, sizes: Sizes) -> dict[str, Any]:
+    """config.json of what is left. Raises UnsupportedModelError where the family has no such model."""
+    source, spec = model.checkpoint, model.spec
+    changes = narrow.config_changes(source.config.get("text_config") or source.config, spec, kept, sizes)
+    config = dense.plain_config(source, **changes)
+    narrow.smaller_spec(config, spec, kept, sizes)
+    return config
 
 
 def _even(hidden: int, heads: int) -> int:
@@ -94,8 +106,6 @@ class _Cutting:
         for index in range(self.whole.layers):
             statistics, layer = self.found.statistics.layer(index), read_layer(self.model, index)
             self.importance.turn[index] = 1 - statistics.similarity
-            if "out" not in statistics.inputs:
-                continue
             heads, channels = narrow.layer_importance(layer, statistics.inputs)
             self.heads[index] = structured.shares(heads)
             if channels is not None:
@@ -169,11 +179,8 @@ class _Cutting:
     # -- cutting -------------------------------------------------------------------------------------------------
     def pruned(self, shelf: Shelf) -> Pruned:
         """The tensors of the smaller model; those that only got another name are the original's."""
-        source, spec, kept = self.model.checkpoint, self.model.spec, self.kept
-        inner = source.config.get("text_config")
-        changes = narrow.config_changes(inner or source.config, spec, kept, self.sizes)
-        config = dense.plain_config(source, **changes)
-        narrow.smaller_spec(config, spec, kept, self.sizes)
+        spec, kept = self.model.spec, self.kept
+        config = _config(self.model, kept, self.sizes)
         if self._fewer("groups") or self._fewer("channels") or self._fewer("hidden"):
             for index in kept.layers:
                 layer, statistics = read_layer(self.model, index), self.found.statistics.layer(index).inputs
