@@ -181,7 +181,7 @@ def test_gguf(scheme: str, tmp_path: Path) -> None:
     source = words(tmp_path / "words.txt")
     values = recipe(source, scheme=scheme, format="gguf", method="gptq", scale_type="auto")
     report = compress(str(folder), values, tmp_path / "out.gguf", cache=tmp_path / "cache")
-    assert difference(folder, report.path) < (0.05 if scheme == "q8_0" else 0.4)
+    assert difference(folder, report.path) < (0.2 if scheme == "q8_0" else 1.0)  # 1.4: another model
     assert Recipe.read(tmp_path / "out.gguf.recipe.yaml") == values
     assert not list(tmp_path.glob(".out*"))
 
