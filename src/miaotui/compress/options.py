@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from miaotui.compress.methods.awq import AwqOptions
@@ -18,9 +18,12 @@ from miaotui.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class RtnOptions:
-    """fit: `minmax`, each group's own range; `mse`, the least error of the weight; `output`, of what it puts out."""
+    """fit: `minmax`, each group's own range; `mse`, the least error of the weight; `output`, of what it puts out.
 
-    fit: Fit = "minmax"
+    None: `output` after awq, which searches ranges in the same way (section 3.2 there), else `minmax`.
+    """
+
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ def steps_of(recipe: Recipe, spec: ModelSpec) -> Steps:
     def chosen(step: str) -> Any:
         return read(step) if step in recipe.steps else None
 
+    rtn: RtnOptions = read("rtn")
+    rtn = replace(rtn, fit=rtn.fit or ("output" if "awq" in recipe.steps else "minmax"))
     minimum: Minimum = "free" if recipe.format == "gguf" else "zero_point"
     steps = Steps(
-        recipe.rounder, read("rtn"), read("gptq"), read("hqq"), chosen("rotate"), chosen("smooth"), chosen("awq"),
+        recipe.rounder, rtn, read("gptq"), read("hqq"), chosen("rotate"), chosen("smooth"), chosen("awq"),
         chosen("qat"), minimum,
     )  # fmt: skip
     _check(recipe, steps, spec)

@@ -120,7 +120,7 @@ def solve(
         return hqq(weight, scheme.weights, steps.hqq, minimum=steps.minimum, moment=moment)
     if steps.rounder == "gptq" and moment is not None:
         return gptq(weight, scheme.weights, moment, steps.gptq, shared=factored, minimum=steps.minimum)
-    how = steps.rtn.fit if steps.rounder == "rtn" else "mse"
+    how = steps.rtn.fit or "minmax" if steps.rounder == "rtn" else "mse"
     how = "mse" if how == "output" and moment is None else how
     return rtn(weight, scheme.weights, how=how, moment=moment, minimum=steps.minimum)
 

@@ -36,7 +36,7 @@ def slow(weights: list[torch.Tensor], x: torch.Tensor, steps: int) -> tuple[floa
 
 def test_the_scale_is_the_paper_s() -> None:
     weights, x = [problems.weight(24, 96, 3), problems.weight(40, 96, 4)], problems.inputs(400, 96)
-    options = AwqOptions(steps=10, weights=False, rows=64)
+    options = AwqOptions(steps=10, weights=False, rows=64, fit="minmax")
     found = awq(weights, SCHEME, problems.moment(x), x.abs().mean(dim=0), options)
     alpha, error = slow(weights, x, 10)
     assert found.alpha == alpha > 0
@@ -46,7 +46,7 @@ def test_the_scale_is_the_paper_s() -> None:
 def test_it_beats_rounding_and_gptq_can_follow() -> None:
     weight, x = problems.weight(48, 96), problems.inputs(400, 96)
     moment = problems.moment(x)
-    found = awq([weight], SCHEME, moment, x.abs().mean(dim=0))
+    found = awq([weight], SCHEME, moment, x.abs().mean(dim=0), AwqOptions(rows=48, fit="minmax"))
     assert found.after < 0.8 * found.before
     assert found.before == pytest.approx(rtn(weight, SCHEME, moment=moment).error, rel=1e-4)
     scaled, inner = fold.into_columns(weight, found.scale), fold.into_moment(moment, found.scale)
@@ -54,6 +54,20 @@ def test_it_beats_rounding_and_gptq_can_follow() -> None:
     assert rounded.error == pytest.approx(found.after, rel=1e-3)
     assert problems.relative_error(weight, rounded.values / found.scale, x) == pytest.approx(found.after, rel=1e-3)
     assert gptq(scaled, SCHEME, inner).error < rounded.error
+
+
+def test_the_search_rounds_with_the_ranges_that_are_asked_for() -> None:
+    weight, x = problems.weight(48, 96), problems.inputs(400, 96)
+    moment, mean = problems.moment(x), x.abs().mean(dim=0)
+    found = awq([weight], SCHEME, moment, mean, AwqOptions(rows=48))
+    assert found.before == pytest.approx(rtn(weight, SCHEME, how="output", moment=moment).error, rel=1e-4)
+    assert found.after < found.before
+    scaled, inner = fold.into_columns(weight, found.scale), fold.into_moment(moment, found.scale)
+    assert rtn(scaled, SCHEME, how="output", moment=inner).error == pytest.approx(found.after, rel=1e-3)
+    plain = awq([weight], SCHEME, moment, mean, AwqOptions(rows=48, fit="minmax"))
+    assert found.after < plain.after
+    both = awq([weight], SCHEME, moment, mean, AwqOptions(rows=48, weights=True))
+    assert both.after <= found.after
 
 
 def test_inputs_that_never_occur_keep_their_scale() -> None:

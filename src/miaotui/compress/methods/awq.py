@@ -21,13 +21,14 @@ from miaotui.quant.scheme import QuantScheme
 class AwqOptions:
     """steps: how many α between 0 and 1. weights: try s = mean|x|^α / mean|w|^(1−α) too (as AutoAWQ's duo scaling).
 
-    rows: outputs that the search looks at, evenly spread, of each weight. fit: the ranges that it rounds with.
+    rows: outputs that the search looks at, evenly spread, of each weight. fit: the ranges that it rounds with; best
+    those that the rounder will have.
     """
 
-    steps: int = 20
-    weights: bool = True
-    rows: int = 512
-    fit: Fit = "minmax"
+    steps: int = 10
+    weights: bool = False
+    rows: int = 32
+    fit: Fit = "output"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
