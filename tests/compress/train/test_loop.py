@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miaotui.compress.train import loop, objective
+from miaotui.compress.train import batches, objective
 from miaotui.compress.train.schedule import FLOOR, Pace
 from miaotui.compress.train.settings import Settings, Task, Terms
 from miaotui.compress.train.student import Student
@@ -143,24 +143,24 @@ def test_the_rate_is_smaller_afterwards_and_the_batches_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    batches: list[bytes] = []
-    step, windows = torch.optim.AdamW.step, loop.Trainer._windows
+    seen: list[bytes] = []
+    step, following = torch.optim.AdamW.step, batches.Batches.next
 
     def noted(self: torch.optim.AdamW, *given: object) -> object:
         rates.append(self.param_groups[0]["lr"])
         return step(self, *given)  # type: ignore[arg-type]
 
-    def read(self: loop.Trainer) -> objective.Windows:
-        found = windows(self)
-        batches.append(found.tokens.numpy().tobytes())
+    def read(self: batches.Batches, *given: object) -> objective.Windows:
+        found = following(self, *given)  # type: ignore[arg-type]
+        seen.append(found.tokens.numpy().tobytes())
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    monkeypatch.setattr(loop.Trainer, "_windows", read)
+    monkeypatch.setattr(batches.Batches, "next", read)
     _Exploding(monkeypatch, {5})
     go(tmp_path, settings_of(tmp_path, schedule="plateau", warmup=0, steps=6))
     assert rates == [5e-3] * 4 + [2.5e-3] * 3  # steps 1 to 4, then 4 to 6 again from the checkpoint of step 3
-    assert len(set(batches)) == len(batches)
+    assert len(set(seen)) == len(seen)
 
 
 def test_it_gives_up_after_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_chunks_and_accumulation_give_the_whole_gradient(
     for piece in given.pieces(size):
         for name, value in one.learn(piece, rows).items():
             sums[name] += value
-    assert one.loss(sums, rows) == pytest.approx(float(loss), rel=1e-5)
+    assert one.loss(sums, rows) == pytest.approx(float(loss.detach()), rel=1e-5)
     for (name, value), gradient in zip(parameters.items(), wanted, strict=True):
         assert value.grad is not None, name
         assert gradient is not None, name
@@ -76,7 +76,7 @@ def test_chunks_and_accumulation_give_the_whole_gradient(
 def test_measuring_is_the_same_loss_and_leaves_no_gradient(tmp_path: Path) -> None:
     one, given = made(tmp_path), windows()
     found = one.measure(given)
-    assert one.loss(found, Rows.of(3, 1, 10)) == pytest.approx(float(whole(one, given)), rel=1e-5)
+    assert one.loss(found, Rows.of(3, 1, 10)) == pytest.approx(float(whole(one, given).detach()), rel=1e-5)
     assert all(value.grad is None for value in one.parameters().values())
 
 

@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from miaotui.compress.train.batches import Batches
 from miaotui.compress.train.corpus import Corpus
 from miaotui.compress.train.group import Group
 from miaotui.compress.train.journal import Journal
-from miaotui.compress.train.loader import Loader, Order, Position
+from miaotui.compress.train.judging import Judgement, judge
+from miaotui.compress.train.loader import Order, Position
 from miaotui.compress.train.objective import Objective, Rows, Sums, Windows
 from miaotui.compress.train.on_policy import OnPolicy
 from miaotui.compress.train.privacy import Private
@@ -44,15 +47,6 @@ class Progress:
     rollbacks: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """On held-out windows: the loss that is trained, and cross-entropy in nats a token."""
-
-    step: int
-    loss: float
-    cross_entropy: float
 
 
 class Trainer:
@@ -87,10 +81,9 @@ class Trainer:
         self.progress = Progress()
         self.judgements: list[Judgement] = []
         self.best: dict[str, torch.Tensor] | None = None
-        self.pool: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None
         weights = [task.weight for task in settings.tasks]
         self.order = Order(corpora, weights, settings.seed, poisson=private is not None)
-        self.loader, self.journal = self._open(journal)
+        self.journal = self._open(journal)
 
     # -- the loop ----------------------------------------------------------------------------------------
     def train(self) -> None:
@@ -106,7 +99,7 @@ class Trainer:
                 self._step()
                 self.tell(self.progress.step, settings.steps)
         finally:
-            self.loader.close()
+            self.batches.close()
             self.journal.close()
         if self.best is not None:
             self._put(self.best)
@@ -115,7 +108,7 @@ class Trainer:
         """One step with all that follows from it, or back to the last checkpoint."""
         progress, settings = self.progress, self.settings
         started = time.perf_counter()
-        loss, norm = self._descend(self._windows())
+        loss, norm = self._descend(self.batches.next(self.student, self.progress.step))
         if self._exploded(loss, norm):
             self._roll_back(loss)
             return
@@ -140,7 +133,7 @@ class Trainer:
 
     def _gradient(self, windows: Windows) -> tuple[float, float]:
         self.optimiser.zero_grad(set_to_none=True)
-        rows = Rows.of(self.settings.batch, self._own(), self.settings.window)
+        rows = Rows.of(self.settings.batch, self.batches.own, self.settings.window)
         sums: Sums = dict.fromkeys(self.objective.weights, 0.0)
         for piece in windows.pieces(self.settings.micro_batch):
             for name, value in self.objective.learn(piece, rows).items():
@@ -164,65 +157,19 @@ class Trainer:
         norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
         return 0.0, float(norm)
 
-    # -- batches -----------------------------------------------------------------------------------------
-    def _own(self) -> int:
-        """Windows of each batch that the student has written."""
-        return 0 if self.on_policy is None else round(self.settings.on_policy * self.settings.batch)
-
-    def _windows(self) -> Windows:
-        """This process's share of the next batch."""
-        step, settings, own = self.progress.step, self.settings, self._own()
-        tokens = self._read(settings.batch - own)
-        written = np.empty((0, settings.window), np.int32)
-        if self.on_policy is not None and own:
-            if self.pool is None or step % settings.on_policy_every == 0:
-                pool = None
-                if self.group.first:
-                    pool = self.on_policy.pool(self.student, step, own * settings.on_policy_every)
-                self.pool = self.group.share(pool)
-            assert self.pool is not None
-            chosen = np.random.default_rng([settings.seed, 5, step]).integers(len(self.pool), size=own)
-            written = self.pool[chosen[self.group.rank :: self.group.size]]
-        both = torch.from_numpy(np.concatenate([tokens, written])).to(settings.device)
-        return Windows(both, torch.arange(len(both), device=settings.device) >= len(tokens))
-
-    def _read(self, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-        if not count:
-            return np.empty((0, self.settings.window), np.int32)
-        return self.loader.next().tokens
-
     # -- judging -----------------------------------------------------------------------------------------
     def _judge(self) -> None:
         """Measure on what is held out; keep the weights when they are the best."""
         if not self.settings.held_out:
             self._say_step(None)
             return
-        judged = self.judge()
+        judged = judge(self.objective, self.corpora, self.settings, self.group, self.progress.step)
         self.judgements.append(judged)
         told = {"held_out/loss": judged.loss, "held_out/cross_entropy": judged.cross_entropy}
         self.journal.numbers(self.progress.step, told)
         if self.pace.judge(judged.loss, self.progress.step, self.settings):
             self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
         self._say_step(judged)
-
-    def judge(self) -> Judgement:
-        """Measure the student as it is. Tasks count by their weights."""
-        loss = cross_entropy = 0.0
-        total = sum(task.weight for task in self.settings.tasks)
-        for task, corpus in zip(self.settings.tasks, self.corpora, strict=True):
-            sums: Sums = dict.fromkeys(["ce", *self.objective.weights], 0.0)
-            tokens = np.array(corpus.windows[corpus.held[self.group.rank :: self.group.size]], np.int32)
-            held = torch.from_numpy(tokens).to(self.settings.device)
-            windows = Windows(held, torch.zeros(len(held), dtype=torch.bool, device=held.device))
-            for piece in windows.pieces(self.settings.micro_batch or self.settings.batch):
-                if len(piece):
-                    for name, value in self.objective.measure(piece).items():
-                        sums[name] += value
-            sums = dict(zip(sums, self.group.add(list(sums.values())), strict=True))
-            rows = Rows.of(len(corpus.held), 0, self.settings.window)
-            loss += task.weight / total * self.objective.loss(sums, rows)
-            cross_entropy += task.weight / total * sums["ce"] / rows.true
-        return Judgement(self.progress.step, loss, cross_entropy)
 
     def _say_step(self, judged: Judgement | None) -> None:
         progress, settings = self.progress, self.settings
@@ -270,7 +217,7 @@ class Trainer:
         rollbacks = self.progress.rollbacks + 1
         snapshot = self.store.load()
         assert snapshot is not None, "a training saves before its first step"
-        self._restore(snapshot)
+        _, self.batches.pool = self._restore(snapshot)
         self.progress.rollbacks = rollbacks
         self.pace.scale *= SMALLER
         self.journal.say(
@@ -280,26 +227,24 @@ class Trainer:
         self._save()
 
     # -- checkpoints -------------------------------------------------------------------------------------
-    def _open(self, journal: Callable[[int], Journal]) -> tuple[Loader, Journal]:
+    def _open(self, journal: Callable[[int], Journal]) -> Journal:
         """Take up the newest checkpoint, or write the first."""
         snapshot = self.store.load()
-        position = self.order.start()
+        position, pool = self.order.start(), None
         if snapshot is not None:
-            position = self._restore(snapshot)
+            position, pool = self._restore(snapshot)
         opened = journal(self.progress.step + 1)
-        size = self.settings.batch - self._own()
-        loader = Loader(self.order, max(1, size), position, rank=self.group.rank, processes=self.group.size)
+        self.batches = Batches(self.order, self.settings, self.group, self.on_policy, position, pool)
         self.group.wait()
         if snapshot is None:
-            self.loader = loader
             self._save()
         else:
             opened.say(f"going on from step {self.progress.step}")
-        return loader, opened
+        return opened
 
     def _save(self) -> None:
         if self.group.first:
-            self.store.save(self._snapshot(self.loader.position))
+            self.store.save(self._snapshot(self.batches.position))
         self.group.wait()
 
     def _snapshot(self, at: Position) -> Snapshot:
@@ -307,8 +252,8 @@ class Trainer:
         tensors = {f"weights/{name}": value for name, value in self.parameters.items()}
         tensors |= {f"optimiser/{k}": v for k, v in optimiser_tensors(self.optimiser, names).items()}
         tensors["random"] = torch.get_rng_state()
-        if self.pool is not None:
-            tensors["pool"] = torch.from_numpy(self.pool)
+        if self.batches.pool is not None:
+            tensors["pool"] = torch.from_numpy(self.batches.pool)
         values: dict[str, Any] = {
             "progress": asdict(self.progress),
             "pace": {**asdict(self.pace), "best": None if math.isinf(self.pace.best) else self.pace.best},
@@ -320,13 +265,13 @@ class Trainer:
             values["privacy"] = self.private.history
         return Snapshot(tensors, values, self.best)
 
-    def _restore(self, snapshot: Snapshot) -> Position:
+    def _restore(self, snapshot: Snapshot) -> tuple[Position, NDArray[np.int32] | None]:
+        """Everything but what is read, which is given back."""
         tensors, values = snapshot.tensors, snapshot.values
         self._put({name.removeprefix("weights/"): v for name, v in tensors.items() if name.startswith("weights/")})
         moments = {n.removeprefix("optimiser/"): v for n, v in tensors.items() if n.startswith("optimiser/")}
         restore_optimiser(self.optimiser, self.parameters, moments)
         torch.set_rng_state(tensors["random"])
-        self.pool = tensors["pool"].numpy() if "pool" in tensors else None
         self.progress = Progress(**values["progress"])
         pace = values["pace"]
         self.pace = Pace(**{**pace, "best": math.inf if pace["best"] is None else pace["best"]})
@@ -335,7 +280,8 @@ class Trainer:
         if self.private is not None:
             self.private.generator.set_state(tensors["noise"])
             self.private.history = values["privacy"]
-        return Position(values["position"]["batch"], tuple(values["position"]["drawn"]))
+        pool = tensors["pool"].numpy() if "pool" in tensors else None
+        return Position(values["position"]["batch"], tuple(values["position"]["drawn"])), pool
 
     @torch.no_grad()
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
