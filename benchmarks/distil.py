@@ -1,6 +1,6 @@
 """What a short distillation wins back after a cut: 4 of SmolLM2-135M's 30 blocks go, the original teaches what is left.
 
-    python -m benchmarks.distil [--steps 24] [--eval-windows 8] [--folder FOLDER] [--output FILE]
+    python -m benchmarks.distil [--steps 32] [--eval-windows 8] [--folder FOLDER] [--output FILE]
 
 Trained on the first three quarters of WikiText-2's validation text, measured on its last quarter. What an interrupted
 run left in --folder is taken up. Ends with 1 where less than 60% of the perplexity lost by the cut is won back.
@@ -30,7 +30,7 @@ WON_BACK = 0.6
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=24, help="of 8 windows of 256 tokens")
+    parser.add_argument("--steps", type=int, default=32, help="of 4 windows of 256 tokens")
     parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--eval-windows", type=int, default=8, help="of 1024 tokens, to measure on")
     parser.add_argument("--folder", type=Path, default=DEFAULT.parent / "distil", help="for the models")
@@ -65,13 +65,12 @@ def settings(args: argparse.Namespace, text: Path) -> Settings:
         terms=Terms(kl=1.0),
         window=256,
         steps=args.steps,
-        batch=8,
-        micro_batch=4,
+        batch=4,
         rate=args.rate,
         warmup=max(1, args.steps // 6),
         held_out=0.01,
         evaluate_every=max(1, args.steps // 2),
-        save_every=6,
+        save_every=8,
     )
 
 
