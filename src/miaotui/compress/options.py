@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +49,7 @@ class NoOptions:
     """fp8 has none."""
 
 
-_KINDS: dict[str, Callable[..., Any]] = {
+_KINDS: dict[str, type[Any]] = {
     "rtn": RtnOptions, "gptq": GptqOptions, "hqq": HqqOptions, "fp8": NoOptions, "rotate": RotateOptions,
     "smooth": SmoothOptions, "awq": AwqOptions, "qat": QatOptions,
 }  # fmt: skip
@@ -75,7 +74,7 @@ def steps_of(recipe: Recipe, spec: ModelSpec) -> Steps:
     """Every setting, checked. Raises UsageError for an unknown one, and for steps that this model cannot have."""
 
     def read(step: str) -> Any:
-        return from_plain(_KINDS[step], recipe.options.get(step, {}), f"options.{step}.")  # type: ignore[type-var]
+        return from_plain(_KINDS[step], recipe.options.get(step, {}), f"options.{step}.")
 
     def chosen(step: str) -> Any:
         return read(step) if step in recipe.steps else None
