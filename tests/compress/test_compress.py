@@ -173,6 +173,27 @@ def test_static_inputs_and_the_cache_have_the_scales_that_were_measured(
     assert keys == pytest.approx(float(found.keys.amax()) / 127.5, rel=1e-6)
 
 
+def test_a_budget_gives_bits_to_what_needs_them(original: Path, source: Path, tmp_path: Path) -> None:
+    """One layer's weights have outliers, which few bits hurt more than others'."""
+    arrays = toy_folders.draw(toy_folders.CONFIG, 1)
+    for name in [name for name in arrays if name.startswith("model.layers.2.mlp")]:
+        arrays[name][:, ::16] *= 5
+    hard = toy_folders.write(tmp_path / "hard", arrays)
+    budget = {"bits": 6.5, "choices": ["w4g16-sym", "w8g16-sym"]}
+    values = recipe(source, scheme="w4g16-sym", scale_type="float16", budget=budget)
+    report = compress(str(hard), values, tmp_path / "out", cache=tmp_path / "c")
+    checkpoint = open_checkpoint(report.path)
+    bits = {
+        name: (checkpoint.tensor(name).scheme.bits, checkpoint.tensor(name).codes.size)
+        for name in checkpoint.names()
+        if "proj" in name
+    }
+    average = sum((b + 1) * size for b, size in bits.values()) / sum(size for _, size in bits.values())
+    assert 6 < average <= 6.5
+    assert all(b == 8 for name, (b, _) in bits.items() if name.startswith("model.layers.2.mlp"))
+    assert {b for b, _ in bits.values()} == {4, 8}
+
+
 @pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q8_0"])
 def test_gguf(scheme: str, tmp_path: Path) -> None:
     from tests.compress.test_write_gguf import original, sized

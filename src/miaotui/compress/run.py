@@ -27,6 +27,7 @@ from miaotui.compress.precision import device_of, resolved
 from miaotui.compress.preflight import Estimate, estimate, measure, refuse
 from miaotui.compress.progress import Progress, Tell, silent
 from miaotui.compress.recipe import Recipe, parse_scheme
+from miaotui.compress.sensitivity import budgeted
 from miaotui.compress.solved import Part, Planned, Solved
 from miaotui.compress.types import LinearScheme, Place
 from miaotui.compress.verify import verify
@@ -95,6 +96,8 @@ def compress(
         clock.end("preflight")
         work = replace(work, statistics=_statistics(work, cache, tell))
         clock.end("calibrate")
+        work = replace(work, schemes=budgeted(work, tell))
+        clock.end("sensitivity")
         solved = walk(work, tell)
         clock.end("solve")
         _write(solved, recipe, out, _made_with(model, work), clock)
@@ -146,8 +149,11 @@ def _check_recipe(model: Model, recipe: Recipe) -> None:
         scheme = recipe.scheme_of(name, kind)
         schemes[place] = scheme
         matched |= recipe.overriding(name)
-        if scheme.weights is not None:
-            check_width(model.stored(place).shape[-1], scheme.weights, name)
+        width = model.stored(place).shape[-1]
+        choices = () if recipe.budget is None else recipe.budget.choices
+        for one in (scheme, *(parse_scheme(choice, kind) for choice in choices)):
+            if one.weights is not None:
+                check_width(width, one.weights, name)
     for override in recipe.overrides:
         if override.match not in matched:
             example = min(schemes).name(model.names).removesuffix(".weight")
