@@ -176,3 +176,9 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     student = tiny.folder(tmp_path / "student", vocab_size=300)
     with pytest.raises(UsageError, match="258 tokens and the student 300"):
         distil(Request(str(student), str(teacher)), tmp_path / "out", settings_of(tmp_path))
+
+
+def test_windows_are_no_longer_than_the_models_know(tmp_path: Path) -> None:
+    teacher = tiny.folder(tmp_path / "teacher")
+    with pytest.raises(UsageError, match="longer than the 128"):
+        distil(Request("layers=1", str(teacher)), tmp_path / "out", settings_of(tmp_path, window=129))

@@ -134,11 +134,23 @@ def student_of(request: Request, teacher: Teacher | None, settings: Settings) ->
         student = Student.of(text, device)
     if teacher is not None:
         teacher.check(student)
+    _check_window(settings, student, teacher)
     if request.scheme is not None:
         student.code(request.scheme)
     if request.lora is not None:
         student.adapt(request.lora, settings.seed)
     return student
+
+
+def _check_window(settings: Settings, student: Student, teacher: Teacher | None) -> None:
+    longest = min(
+        student.spec.max_position, student.spec.max_position if teacher is None else teacher.spec.max_position
+    )
+    if settings.window > longest:
+        raise UsageError(
+            f"A window of {settings.window} tokens is longer than the {longest} that the models know places for.",
+            f"Give --window at most {longest}.",
+        )
 
 
 def product_type(precision: Precision, device: str) -> torch.dtype:
