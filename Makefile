@@ -58,5 +58,5 @@ clean:
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/.base
 	@echo "==> install what tests and checks need (PyTorch, transformers, linters)"
-	$(PIP) install --no-build-isolation -c constraints.txt -e '.[reference,compress,accelerate,dev]'
+	$(PIP) install --no-build-isolation -c constraints.txt -e '.[reference,compress,accelerate,eval,dev]'
 	@touch $@

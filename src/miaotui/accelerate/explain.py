@@ -66,9 +66,9 @@ def _servings(outcome: Outcome) -> Iterator[Technique]:
 
 
 def _unseen(outcome: Outcome) -> Iterator[Technique]:
-    """Schemes of which nothing was tried, with the reason."""
+    """Schemes of which nothing was tried, with what was said of the one that was left out last."""
     tried = {a.candidate.features()["scheme"] for a in outcome.attempts}
-    for candidate, why in outcome.skipped:
+    for candidate, why in reversed(outcome.skipped):
         scheme = candidate.features()["scheme"]
         if scheme not in tried:
             tried.add(scheme)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from miaotui.cli.options import ENGINE, MODEL
+from miaotui.cli.options import ENGINE, MODEL, split_names
 from miaotui.cli.progress import progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +59,17 @@ def quality_options(function: F) -> F:
     metavar="N",
     help="Also count how many of N greedy tokens after a prompt are ORIGINAL's.",
 )
+@click.option(
+    "--tasks",
+    metavar="A,B,…",
+    help="Measure these tasks instead: needle (retrieval from long texts, made here), or any of lm-eval's.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Examples of each of lm-eval's tasks at most.")
+@click.option("--shots", type=click.IntRange(min=0), help="Examples in the prompt.  [default: as the task has it]")
+@click.option(
+    "--task-folder", type=click.Path(exists=True, file_okay=False), help="lm-eval tasks of your own, as YAML."
+)
+@click.option("--apply-chat-template", is_flag=True, help="Put lm-eval's questions as messages.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
 @click.pass_context
 def command(
@@ -70,15 +81,30 @@ def command(
     reference_compute: str,
     reference_kv_cache_dtype: str,
     agreement: int | None,
+    tasks: str | None,
+    limit: int | None,
+    shots: int | None,
+    task_folder: str | None,
+    apply_chat_template: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Measure the quality of MODEL on a text: its perplexity, with what it cost against ORIGINAL.
 
-    Intervals are of 95%, over windows. ORIGINAL is run exactly, unless its options say otherwise.
+    Intervals are of 95%, over windows. ORIGINAL is run exactly, unless its options say otherwise. With --tasks, tasks
+    are scored instead, and compared example by example.
     """
     if reference is None:
         _refuse_alone(context)
+    names = split_names(tasks, "--tasks")
+    _refuse_mixed(context, names is not None)
+    if names is not None:
+        from miaotui.measure.tasks import Asked
+
+        asked = Asked(tuple(names), limit, shots, task_folder, apply_chat_template)
+        exact = (reference_compute, reference_kv_cache_dtype)
+        _tasks(model, asked, take(options)[1], reference, exact, as_json=as_json)
+        return
     from miaotui.measure.quality import Reference, evaluate
 
     cut, settings = take(options)
@@ -89,6 +115,47 @@ def command(
     with progress("evaluating") as tell:
         report = evaluate(model, data, cut=cut, settings=settings, reference=against, tell=tell)
     show(report, evaluation, as_json=as_json)
+
+
+def _tasks(
+    model: str, asked: Any, settings: Any, reference: str | None, exact: tuple[str, str], *, as_json: bool
+) -> None:
+    from miaotui.measure.tasks import evaluate
+
+    against = None
+    if reference is not None:
+        against = (reference, type(settings)(settings.device, *exact, settings.threads))
+    with progress("answering") as tell:
+        report = evaluate(model, asked, settings, against, tell)
+    show(report, tasks_told, as_json=as_json)
+
+
+def tasks_told(report: dict[str, Any]) -> Iterator[str]:
+    """The lines of a report on tasks."""
+    for task in report["tasks"]:
+        figure = line(f"{task['task']} {task['metric']}", task["score"], *_spread(task, "score"), ".4f")
+        yield f"{figure}  of {task['examples']}"
+        if "difference" in task:
+            yield line("  reference", task["reference_score"], None, None, ".4f")
+            difference = line("  difference", task["difference"], *_spread(task, "difference"), "+.4f")
+            told = "" if task["p_value"] is None else f"  p = {task['p_value']:.2g}"
+            yield f"{difference}{told}"
+
+
+def _spread(task: dict[str, Any], name: str) -> tuple[float | None, list[float] | None]:
+    return task[f"{name}_stderr"], task[f"{name}_interval"]
+
+
+OF_TEXTS = ("data", "window", "stride", "max_windows", "agreement")
+OF_TASKS = ("limit", "shots", "task_folder", "apply_chat_template")
+
+
+def _refuse_mixed(context: click.Context, tasks: bool) -> None:
+    """Options of texts beside --tasks, and of tasks without it."""
+    for name in OF_TEXTS if tasks else OF_TASKS:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is not for --tasks." if tasks else f"{flag} needs --tasks.")
 
 
 def _refuse_alone(context: click.Context) -> None:

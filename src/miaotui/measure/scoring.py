@@ -70,8 +70,11 @@ class Opened:
 
         return ChatTemplate.from_checkpoint(self.checkpoint, self.tokenizer)
 
-    def load(self, settings: Settings, window: int) -> Scorer:
-        """Ready to score windows of up to `window` tokens. Raises what `model.build.build` does, and ResourceError."""
+    def load(self, settings: Settings, window: int, slots: int = GREEDY_SEQS) -> Scorer:
+        """Ready to score windows of up to `window` tokens, with `slots` prompts side by side.
+
+        Raises what `model.build.build` does, and ResourceError.
+        """
         spec, _ = read_spec(self.checkpoint)
         if window > spec.max_position:
             raise UsageError(
@@ -85,7 +88,7 @@ class Opened:
             compute=settings.compute,
             kv_cache_dtype=settings.kv_cache_dtype,
             max_model_len=window,
-            max_num_seqs=min(GREEDY_SEQS, rows),
+            max_num_seqs=min(slots, rows),
             max_num_batched_tokens=rows,
             max_logits_rows=rows,
             threads=settings.threads,
@@ -106,6 +109,8 @@ class Scorer:
     def __init__(self, model: str, executor: Executor) -> None:
         self.model = model
         self.executor = executor
+        self._held: Ids = np.empty(0, np.int32)
+        """Tokens whose keys and values the first slot has."""
         shape = executor.shape
         self.slots = shape.max_seqs
         each = -(-shape.max_model_len // BLOCK_SIZE)
@@ -119,20 +124,27 @@ class Scorer:
             )
         executor.allocate_cache(self._table.size)
 
-    def logits(self, window: Window) -> Iterator[Logits]:
-        """Rows for the window's targets in their order, `[rows, vocabulary]`; each chunk is valid until the next."""
+    def logits(self, window: Window, *, again: bool = False) -> Iterator[Logits]:
+        """Rows for the window's targets in their order, `[rows, vocabulary]`; each chunk is valid until the next.
+
+        `again`: what the last window began with, too, is still in the cache, and is not read twice.
+        """
         self._check(window.tokens)
         end, size = len(window.tokens) - 1, self.executor.shape.max_tokens
-        for start in range(0, end, size):
+        known = min(_shared(self._held, window.tokens), window.first - 1) if again else 0
+        self._held = window.tokens[:0]
+        for start in range(known, end, size):
             stop = min(start + size, end)
             wanted = np.arange(max(start, window.first - 1), stop, dtype=np.int32) - np.int32(start)
             logits = self.executor.run(self._step([(0, start, window.tokens[start:stop])], wanted))
+            self._held = window.tokens[:stop]
             if len(wanted):
                 yield logits
 
     def greedy(self, prompts: Sequence[Ids], count: int) -> list[Ids]:
         """`count` greedy tokens after each prompt, whatever they are: an end of text does not end them."""
         answers: list[Ids] = []
+        self._held = self._held[:0]
         for first in range(0, len(prompts), self.slots):
             batch = prompts[first : first + self.slots]
             answers += list(self._greedy_batch(batch, count))
@@ -185,6 +197,13 @@ class Scorer:
             )
 
 
+def _shared(first: Ids, second: Ids) -> int:
+    """How many tokens two runs begin with alike."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first[:length] != second[:length])
+    return int(differing[0]) if len(differing) else length
+
+
 # -- what the rows say -----------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Divergence:
@@ -206,6 +225,26 @@ class Speaker(Protocol):
     def logits(self, window: Window) -> Iterator[Logits]:
         """Rows for the window's targets in their order, `[rows, vocabulary]`; each chunk is valid until the next."""
         ...
+
+
+class Listening:
+    """A scorer, and which tokens it found likeliest. What the last window began with is not read twice."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.model, self._scorer = scorer.model, scorer
+        self._chosen: list[Ids] = []
+
+    def logits(self, window: Window) -> Iterator[Logits]:
+        """As the scorer's."""
+        self._chosen.clear()
+        for chunk in self._scorer.logits(window, again=True):
+            self._chosen.append(chunk.argmax(axis=1).astype(np.int32))
+            yield chunk
+
+    @property
+    def likeliest(self) -> Ids:
+        """For each target of the last window."""
+        return np.concatenate(self._chosen)
 
 
 class Rows:
