@@ -72,10 +72,10 @@ def distil(
     _check(request, out, settings, write)
     product = product_type(settings.precision, settings.device)
     with joined() as group:
-        work = out.with_name(out.name + ".training")
-        work.mkdir(parents=True, exist_ok=True)
         teacher = None if request.teacher is None else Teacher.of(request.teacher, product, settings.device)
         student = student_of(request, teacher, settings)
+        work = out.with_name(out.name + ".training")
+        work.mkdir(parents=True, exist_ok=True)
         corpora = _corpora(student.source, settings, work, group)
         objective = Objective(student, teacher, settings.terms, product, settings.recompute, settings.seed)
         run = plain(settings) | _identity(request, student, teacher, corpora)
