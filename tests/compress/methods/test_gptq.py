@@ -108,3 +108,22 @@ def test_what_is_not_finite_is_refused() -> None:
     moment[3, 3] = float("nan")
     with pytest.raises(UsageError, match="not finite"):
         factor(moment)
+
+
+def test_widths_that_groups_do_not_fill_are_refused() -> None:
+    weight, x = problems.weight(4, 576), problems.inputs(10, 576)
+    with pytest.raises(UsageError, match=r"576 wide, which groups of 128 do not divide.*groups of 96 or 144"):
+        gptq(weight, QuantScheme(4, 128, True), problems.moment(x))
+    for size in (64, 96, 144, 192):
+        assert gptq(weight, QuantScheme(4, size, True), problems.moment(x)).tensor.scale.shape == (4, 576 // size)
+
+
+def test_an_expert_that_saw_a_few_tokens_is_still_solved() -> None:
+    """Fewer tokens than inputs, one of them enormous: finite, and no worse than nearest codes on what it saw."""
+    weight, x, scheme = problems.weight(40, 96), problems.inputs(3, 96), QuantScheme(4, 32, True)
+    x[0] *= 1000
+    moment = problems.moment(x)
+    for options in (GptqOptions(), GptqOptions(polish=2)):
+        made = gptq(weight, scheme, moment, options)
+        assert bool(torch.isfinite(made.values).all())
+        assert made.error <= rtn(weight, scheme, moment=moment).error

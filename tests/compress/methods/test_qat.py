@@ -165,3 +165,14 @@ def test_one_window_is_enough_and_settings_are_checked() -> None:
     for wrong in ({"steps": 0}, {"batch": 0}, {"rate": -1.0}, {"near": 0.5}):
         with pytest.raises(UsageError):
             QatOptions(**wrong)
+
+
+def test_targets_that_are_not_finite_change_nothing() -> None:
+    x, target, norms = data()
+    target = target.clone()
+    target[0, 0, 0] = float("nan")
+    target[7, 3, 1] = float("inf")
+    starts = {name: Start.of(w, rtn(w, SCHEME).tensor, SCHEME) for name, w in layer().items()}
+    made = tune(starts, norms, x, target, run, QUICK)
+    for name, start in starts.items():
+        np.testing.assert_array_equal(made.weights[name].tensor.codes, start.codes.to(torch.uint8).numpy())
