@@ -22,6 +22,7 @@ from miaotui.accelerate.card import (
     Qualities,
     Quality,
     Search,
+    Sensitivity,
     Speed,
     Speeds,
     Technique,
@@ -57,6 +58,7 @@ class Findings:
     commands: tuple[str, ...]
     calibration: Mapping[str, Any]
     peers: tuple[Peer, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
     caveats: tuple[str, ...] = ()
 
 
@@ -85,6 +87,7 @@ def compose(found: Findings) -> Card:
         versions=_versions(),
         energy=found.energy,
         caveats=(*_caveats(found, reports), *found.caveats),
+        sensitivity=found.sensitivity,
         profile=() if shown is None else tuple(Profile.of(case) for case in shown["cases"]),
         peers=found.peers,
         commands=found.commands,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from miaotui.accelerate import texts
 from miaotui.accelerate.against import Against
 from miaotui.accelerate.attempt import Attempt, Plan
-from miaotui.accelerate.card import Card, Energies, Model, Peer
+from miaotui.accelerate.card import Card, Energies, Model, Peer, Sensitivity
 from miaotui.accelerate.compose import Findings, compose, model_of
 from miaotui.accelerate.explain import techniques, verdict
 from miaotui.accelerate.finish import Finish, Measured
@@ -48,6 +48,8 @@ SEARCH_SHARE = 0.65
 """Of the budget; the rest is for the last measurements."""
 ROUND_SHARE = 1 / 60
 """Of the budget, for one round of what the original is timed by."""
+SENSITIVITY_SHARE = 0.06
+"""Of the budget, for what each layer costs."""
 FORMAT = 1
 """Of the journal's actions."""
 WINDOWS = ((600.0, 64), (300.0, 32), (0.0, 16))
@@ -140,6 +142,7 @@ class _Run:
             report = self._quality(winner)
         finally:
             self.workshop.rest()
+        costs = self._sensitivity(winner, path)
         peers = self._peers(winner, path)
         found = Findings(
             model=self._model(),
@@ -155,6 +158,7 @@ class _Run:
             commands=self._commands(winner),
             calibration=asdict(self.calibration),
             peers=peers,
+            sensitivity=costs,
             caveats=(f"Quality was measured on {self.subject.texts.name}; on other text it may differ.",),
         )
         card = compose(found)
@@ -195,6 +199,26 @@ class _Run:
         return self.ledger.note(
             "quality original", lambda: quality.evaluate(self.request.model, data, cut=cut, settings=settings)
         )
+
+    def _sensitivity(self, winner: Attempt | None, path: str) -> tuple[Sensitivity, ...]:
+        """What each layer costs, where layers were coded one by one and it takes no more than `SENSITIVITY_SHARE`."""
+        recipe = None if winner is None else winner.candidate.recipe
+        if recipe is None or winner is None or winner.candidate.blocks is not None:
+            return ()
+        from miaotui.accelerate import sensitivity
+
+        roles = sensitivity.roles_of(recipe.method)
+        seconds = 4 * sensitivity.operations(self.source.spec, len(roles)) / self.predictor.limits.fp32
+        if seconds > SENSITIVITY_SHARE * self.request.plan.budget:
+            return ()
+        self.tell("measuring what each layer costs")
+        tokens = self.workshop.tokens
+        found = self.ledger.note(
+            f"sensitivity {winner.candidate.weights_key}",
+            lambda: {"costs": [asdict(one) for one in sensitivity.measure(self.request.model, path, tokens, roles)]},
+        )
+        scheme = winner.candidate.features()["scheme"]
+        return tuple(Sensitivity(one["layer"], one["role"], scheme, one["kl"]) for one in found["costs"])
 
     def _peers(self, winner: Attempt | None, path: str) -> tuple[Peer, ...]:
         options = {} if winner is None else winner.candidate.serving.options()

@@ -1,7 +1,8 @@
 """Three texts that have nothing in common: to calibrate on, to choose by, and to confirm by.
 
 What is chosen by a text looks better on it than elsewhere. So the last word is had on text that nothing was chosen by,
-and neither of them is what the quantisers saw.
+and neither of them is what the quantisers saw. A paragraph that stands in a text twice, as Python's help does, counts
+once: it must not lie on both sides of a cut.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from miaotui.checkpoint.write import atomic_file
 from miaotui.errors import UsageError
 from miaotui.measure.quality_data import read_data
 
+SHORT = 40
+"""Characters of a piece that may stand in a text again."""
 SELF = "self"
 """Calibration by what the model writes itself."""
 
@@ -43,12 +46,13 @@ def prepare(data: str | None, calibration: str | None, folder: Path) -> Texts:
                 "Give two texts, or leave --calibration out.",
             )
     prose = read_data(None)
-    whole = str(prose.documents[0])
+    whole = _once(str(prose.documents[0]), "\n\n")
     if data is None:
         name, lines = prose.name, whole
         kept, lines = _cut(lines, 1, 2) if calibration is None else ("", lines)
     else:
-        name, lines, kept = data, _text(data), whole
+        jsonl = data.endswith((".jsonl", ".ndjson"))
+        name, lines, kept = data, _once(_text(data), "\n" if jsonl else "\n\n"), whole
     choose, confirm = _cut(lines, 1, 2)
     suffix = ".jsonl" if data is not None and data.endswith((".jsonl", ".ndjson")) else ".txt"
     folder = folder / hashlib.sha256(f"{kept}\0{lines}".encode()).hexdigest()[:16]
@@ -64,6 +68,17 @@ def prepare(data: str | None, calibration: str | None, folder: Path) -> Texts:
 def _text(data: str) -> str:
     read_data(data)  # refuses what is not to be used, and says where
     return Path(data).read_text(encoding="utf-8-sig")
+
+
+def _once(text: str, between: str) -> str:
+    """Without the pieces that were there before; short ones, such as heads, stay."""
+    seen: set[str] = set()
+    kept = []
+    for piece in text.split(between):
+        if len(piece) < SHORT or piece not in seen:
+            kept.append(piece)
+            seen.add(piece)
+    return between.join(kept)
 
 
 def _cut(text: str, part: int, parts: int) -> tuple[str, str]:

@@ -72,8 +72,9 @@ class RealWorkshop:
         windows, _ = cut_windows(choose, cut, opened.tokenizer, opened.render)
         self._last = Windows(min(LAST_WINDOW, most))
         self._judge = Judge(opened, windows, folder / "original")
-        text = np.concatenate([window.tokens for window in windows]).tolist()
-        self._duellist = Duellist(subject.model, plan.goal, load, text, plan.seed)
+        self.tokens = np.concatenate([window.tokens for window in windows])
+        """Of the text that is chosen by."""
+        self._duellist = Duellist(subject.model, plan.goal, load, self.tokens.tolist(), plan.seed)
         self.windows = len(windows)
         self._pace: float | None = None
         """Tokens a second of the original and a candidate together, once that is known."""
