@@ -32,7 +32,7 @@ class Share(click.ParamType[float]):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)", value.strip())
         share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-        if not 0 < share <= 1:
+        if not 0 < share <= 1 or (match is not None and not match[2] and share >= 0.5):
             self.fail(f"{value!r} is no floor. Write how much perplexity may rise, such as 1% or 0.01.")
         return share
 
