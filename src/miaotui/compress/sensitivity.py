@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -36,6 +37,14 @@ class Unit:
     size: int
     width: int
     errors: tuple[float, ...]
+
+
+class Kept(TypedDict):
+    """A unit as it is kept on disk."""
+
+    size: int
+    width: int
+    errors: list[float]
 
 
 def budgeted(work: Work, tell: Tell = silent) -> Mapping[Place, LinearScheme]:
@@ -74,7 +83,7 @@ def measure(work: Work, choices: list[LinearScheme], tell: Tell = silent) -> lis
     ]
 
 
-def _read(path: Path, belongs_to: str) -> list[dict[str, dict[str, object]]]:
+def _read(path: Path, belongs_to: str) -> list[dict[str, Kept]]:
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -82,13 +91,13 @@ def _read(path: Path, belongs_to: str) -> list[dict[str, dict[str, object]]]:
     return list(kept["layers"]) if kept.get("belongs_to") == belongs_to else []
 
 
-def _layer(work: Work, index: int, choices: list[LinearScheme]) -> dict[str, dict[str, object]]:
+def _layer(work: Work, index: int, choices: list[LinearScheme]) -> dict[str, Kept]:
     """By role: size, width, and the error under each choice, weighed by size where experts share a role."""
     assert work.statistics is not None, "a budget needs statistics"
     steps = replace(work.steps, rounder="rtn", rtn=replace(work.steps.rtn, fit="mse"))
     layer = read_layer(work.model, index, work.scheme_of)
     attach(layer, work.statistics.layer(index))
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, Kept] = {}
     for group in layer.groups.values():
         if _overridden(work, group.places[0]):
             continue
@@ -98,10 +107,7 @@ def _layer(work: Work, index: int, choices: list[LinearScheme]) -> dict[str, dic
         before = found.get(group.role)
         if before is not None:
             had = before["size"]
-            assert isinstance(had, int)
-            known = before["errors"]
-            assert isinstance(known, list)
-            errors = [(a * had + b * size) / (had + size) for a, b in zip(known, errors, strict=True)]
+            errors = [(a * had + b * size) / (had + size) for a, b in zip(before["errors"], errors, strict=True)]
             size += had
         found[group.role] = {"size": size, "width": weight.shape[1], "errors": errors}
     return found
