@@ -51,7 +51,7 @@ def test_an_artefact_and_its_card(toy: Path, text: Path, tmp_path: Path) -> None
     """A toy is no faster in int4, or is, as the machine has it: either way the card says what was found."""
     told: list[str] = []
     plan = Plan("memory", 0.5, 8.0)
-    request = Request(str(toy), tmp_path / "out", plan, data=str(text), command="miaotui accelerate …")
+    request = Request(str(toy), tmp_path / "out", plan, str(text), tasks=("needle",), command="miaotui accelerate …")
     card = accelerate(request, PROBES, tell=told.append)
     assert card.plain() == read(tmp_path / "out").plain()
     assert {"README.md", "report.html", "card.json"} <= {path.name for path in (tmp_path / "out").iterdir()}

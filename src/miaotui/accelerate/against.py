@@ -19,6 +19,7 @@ from miaotui.accelerate.space import DENSE, Candidate, weights_name
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.recipe import Recipe
+from miaotui.errors import MiaotuiError
 from miaotui.hardware import detect
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.hardware.sensors import glance
@@ -72,6 +73,8 @@ class Against:
             return {**self._duel(peer, python, weights), "weights": what}
         except PeerUnavailableError as error:
             return {"why": str(error)}
+        except MiaotuiError as error:
+            return {"why": error.message}
 
     def _weights(self, peer: environments.Peer) -> tuple[Path, str]:
         """What the peer reads, and what that is."""

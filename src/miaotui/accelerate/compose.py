@@ -25,9 +25,11 @@ from miaotui.accelerate.card import (
     Sensitivity,
     Speed,
     Speeds,
+    Task,
     Technique,
     Trial,
     TrialState,
+    estimate,
 )
 from miaotui.accelerate.finish import Measured, regimes_of
 from miaotui.accelerate.goals import Workload
@@ -59,6 +61,8 @@ class Findings:
     calibration: Mapping[str, Any]
     peers: tuple[Peer, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    tasks: Mapping[str, Any] | None = None
+    """A report of `measure.tasks.evaluate`, with the original as its reference where there is a winner."""
     caveats: tuple[str, ...] = ()
 
 
@@ -72,7 +76,8 @@ def compose(found: Findings) -> Card:
     if winner is not None:
         assert winner.confirmation is not None
         floor = Floor.of(outcome.plan.floor, winner.confirmation.ratio)
-        after_quality = Quality.of(found.quality)
+        after_quality = Quality.of(found.quality, tasks_of(found.tasks, "score"))
+    original_tasks = tasks_of(found.tasks, "score" if winner is None else "reference_score")
     shown = found.measured.profile
     return Card(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,7 +86,7 @@ def compose(found: Findings) -> Card:
         artefact=_artefact(found, winner),
         floor=floor,
         speed=Speeds(before, after),
-        quality=Qualities(Quality.of_reference(_with_reference(found.quality)), after_quality),
+        quality=Qualities(Quality.of_reference(_with_reference(found.quality), original_tasks), after_quality),
         search=_search(outcome, found.load),
         machine=reports[-1]["machine"],
         versions=_versions(),
@@ -106,6 +111,14 @@ def model_of(name: str, source: Source, fingerprint: str, about: Mapping[str, An
         fingerprint,
         _text(about.get("license")),
         _text(about.get("base_model")),
+    )
+
+
+def tasks_of(report: Mapping[str, Any] | None, which: str) -> tuple[Task, ...]:
+    """The scores of a report on tasks, or its reference's."""
+    return tuple(
+        Task(one["task"], one["metric"], estimate(one, which), one["examples"], one["better"] == "higher")
+        for one in (() if report is None else report["tasks"])
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from miaotui.accelerate.duel import Side
 from miaotui.accelerate.goals import Goal
-from miaotui.accelerate.ledger import FailedError, Ledger
+from miaotui.accelerate.ledger import Ledger
 from miaotui.accelerate.predict import Predictor
 from miaotui.accelerate.space import ORIGINAL, Candidate
+from miaotui.errors import MiaotuiError
 from miaotui.hardware.ceilings import Probes
 from miaotui.measure import profile, speed
 
@@ -76,9 +77,9 @@ class Finish:
                 f"profile {winner.key if winner else 'original'}",
                 lambda: profile.run(settings[-1], self.probes, tell=self.tell),
             )
-        except FailedError as error:
+        except MiaotuiError as error:
             shown = None
-            notes.append(f"Where a step's time goes was not measured: {error}")
+            notes.append(f"Where a step's time goes was not measured: {error.message}")
         order = list(speed.regimes())
         reports = tuple(_in_order(report, order) for report in found["reports"])
         there = [result["regime"] for result in reports[0]["results"]]

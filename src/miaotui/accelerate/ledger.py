@@ -59,7 +59,15 @@ class Ledger:
         return self._once(action, lambda: asdict(self._workshop.confirm(candidate)), confirmation_of)
 
     def note(self, action: str, perform: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Anything else that is measured, as plain values; done once like the rest."""
+        """Anything else that is measured, as plain values; done once like the rest.
+
+        What fails is not written down, and may be tried again. Raises what `perform` does.
+        """
+        if action in self._journal.entries:
+            return self._once(action, perform, lambda found: found)
+        started = self._clock()
+        result = perform()
+        self._journal.add(action, Entry(self._clock() - started, result))
         return self._once(action, perform, lambda found: found)
 
     def _once(self, action: str, perform: Callable[[], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:

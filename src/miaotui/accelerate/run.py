@@ -6,6 +6,7 @@ there when the same command is given again; once the artefact stands, the folder
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ from miaotui.accelerate.workshop import Builder, RealWorkshop, Subject, settings
 from miaotui.checkpoint import serving
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.recipe import Calibration
-from miaotui.errors import DependencyError, UsageError
+from miaotui.errors import DependencyError, MiaotuiError, UsageError
 from miaotui.hardware import ceilings, detect
 from miaotui.hardware.ceilings import Ceilings, Probes
 from miaotui.measure import quality
@@ -69,6 +70,9 @@ class Request:
     calibration: str | None = None
     against: tuple[str, ...] = ()
     """Peers to measure too, beyond the budget."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to score too, of original and winner, beyond the budget; as `measure.tasks` names them."""
+    task_limit: int | None = None
     command: str = ""
     """The command line that asks for this."""
 
@@ -126,6 +130,8 @@ class _Run:
         self.builder = Builder(request.model, request.work / "cut", tell, write)
         self.workshop = RealWorkshop(subject, self.plan, load, request.work, self.builder)
         self.ledger = Ledger(journal, self.workshop)
+        self.notes: list[str] = []
+        """Caveats that came up on the way."""
         self.calibration = calibration_of(request.plan, subject.texts)
         self.space = make_space(
             source, self.plan.goal, detect.usable_cores(), len(detect.affinity()), self.calibration, request.plan.budget
@@ -143,6 +149,7 @@ class _Run:
         finally:
             self.workshop.rest()
         costs = self._sensitivity(winner, path)
+        tasks = self._tasks(winner, path)
         peers = self._peers(winner, path)
         found = Findings(
             model=self._model(),
@@ -159,7 +166,11 @@ class _Run:
             calibration=asdict(self.calibration),
             peers=peers,
             sensitivity=costs,
-            caveats=(f"Quality was measured on {self.subject.texts.name}; on other text it may differ.",),
+            tasks=tasks,
+            caveats=(
+                *self.notes,
+                f"Quality was measured on {self.subject.texts.name}; on other text it may differ.",
+            ),
         )
         card = compose(found)
         self._publish(card, winner)
@@ -219,6 +230,24 @@ class _Run:
         )
         scheme = winner.candidate.features()["scheme"]
         return tuple(Sensitivity(one["layer"], one["role"], scheme, one["kl"]) for one in found["costs"])
+
+    def _tasks(self, winner: Attempt | None, path: str) -> Mapping[str, Any] | None:
+        """The report on the tasks that were asked for, against the original where there is a winner."""
+        from miaotui.measure.tasks import Asked, evaluate
+
+        if not self.request.tasks:
+            return None
+        self.tell("scoring tasks")
+        asked = Asked(self.request.tasks, self.request.task_limit)
+        candidate = Candidate(None) if winner is None else winner.candidate
+        action = f"tasks {candidate.answers_key} {','.join(asked.names)} {asked.limit}"
+        against = None if winner is None else (self.request.model, quality.EXACT)
+        settings = settings_of(candidate.serving)
+        try:
+            return self.ledger.note(action, lambda: evaluate(path, asked, settings, against))
+        except MiaotuiError as error:
+            self.notes.append(f"The tasks were not scored: {error.message}")
+            return None
 
     def _peers(self, winner: Attempt | None, path: str) -> tuple[Peer, ...]:
         options = {} if winner is None else winner.candidate.serving.options()
@@ -286,13 +315,12 @@ def _check(request: Request) -> None:
         raise UsageError(f"{out} is there already.", "Choose another output, or remove it first.")
     if out.suffix.lower() == ".gguf":
         raise UsageError(f"{out} is to be a folder: the card and the weights lie in it.", "Leave .gguf out.")
-    for module, what in (("torch", "PyTorch"), ("optuna", "Optuna")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise DependencyError(
-                f"{what} is not installed: {error}.", "Install it with pip install 'miaotui[accelerate]'."
-            ) from error
+    needed = [("torch", "PyTorch", "accelerate"), ("optuna", "Optuna", "accelerate")]
+    if any(name != "needle" for name in request.tasks):
+        needed.append(("lm_eval", "lm-eval", "eval"))
+    for module, what, extra in needed:
+        if importlib.util.find_spec(module) is None:
+            raise DependencyError(f"{what} is not installed.", f"Install it with pip install 'miaotui[{extra}]'.")
 
 
 def _belongs_to(request: Request, subject: Subject) -> dict[str, Any]:

@@ -92,6 +92,12 @@ LEAST_BUDGET = 30.0
     metavar="A,B,…",
     help=f"Measure these too, where they are installed: {', '.join(PEERS)}. Takes minutes beyond the budget.",
 )
+@click.option(
+    "--tasks",
+    metavar="A,B,…",
+    help="Score these tasks too, as evaluate does: needle, or any of lm-eval's. Takes minutes beyond the budget.",
+)
+@click.option("--task-limit", type=click.IntRange(min=1), help="Examples of each of lm-eval's tasks at most.")
 @click.option("--explain", is_flag=True, help="Say of what was dropped, too, why it was.")
 @click.option("--restart", is_flag=True, help="Begin anew, where an earlier search was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")  # fmt: skip
@@ -105,6 +111,8 @@ def command(
     calibration: str | None,
     seed: int,
     against: str | None,
+    tasks: str | None,
+    task_limit: int | None,
     explain: bool,
     restart: bool,
     as_json: bool,
@@ -115,12 +123,15 @@ def command(
     full beside the original and written with its card. A search that was stopped goes on when asked for again.
     """
     peers = _peers(against)
+    names = tuple(split_names(tasks, "--tasks") or ())
+    if task_limit is not None and not names:
+        raise UsageError("--task-limit bounds tasks that are not named.", "Add --tasks.")
     from miaotui.accelerate.attempt import Plan
     from miaotui.accelerate.run import Request, accelerate
     from miaotui.cli.probes import native_probes
 
     plan = Plan(goal, floor, budget, seed)
-    request = Request(model, out, plan, data, calibration, peers, _command_line())
+    request = Request(model, out, plan, data, calibration, peers, names, task_limit, _command_line())
     card = accelerate(
         request,
         native_probes(),

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,9 +138,9 @@ def _against(one: Scored, other: Scored) -> dict[str, Any]:
     shared = sorted(set(one.values) & set(other.values))
     differences = [np.array([one.values[at] - other.values[at]]) for at in shared]
     estimate = intervals.mean(differences)
-    theirs = math.fsum(other.values.values()) / len(other.values)
+    theirs = intervals.mean([np.array([value]) for value in other.values.values()])
     return {
-        "reference_score": theirs,
+        **theirs.report("reference_score"),
         **estimate.report("difference"),
         "p_value": intervals.paired_test(estimate, len(differences)),
     }
