@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from miaotui.accelerate.attempt import Plan
 from miaotui.accelerate.card import read
 from miaotui.accelerate.judge import Judge
 from miaotui.accelerate.run import Request, accelerate
-from miaotui.accelerate.space import Serving
-from miaotui.accelerate.workshop import settings_of
-from miaotui.errors import UsageError
+from miaotui.accelerate.space import Candidate, Serving
+from miaotui.accelerate.trial import Built, Scores
+from miaotui.accelerate.workshop import RealWorkshop, settings_of
+from miaotui.errors import InterruptedWorkError, UsageError
 from miaotui.hardware.ceilings import Probes
 from miaotui.measure.quality_data import Window
 from miaotui.measure.scoring import Opened, Rows, Settings
@@ -66,6 +68,37 @@ def test_an_artefact_and_its_card(toy: Path, text: Path, tmp_path: Path) -> None
     assert not request.work.exists()
     with pytest.raises(UsageError, match="is there already"):
         accelerate(request, PROBES)
+
+
+def test_a_stopped_search_goes_on_and_another_begins_anew(
+    toy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(str(toy), tmp_path / "out", Plan("memory", 0.5, 8.0), str(text))
+    built: list[str] = []
+
+    def stopped(self: RealWorkshop, candidate: Candidate, windows: range) -> Scores:
+        raise KeyboardInterrupt
+
+    whole = RealWorkshop.build
+
+    def counted(self: RealWorkshop, candidate: Candidate) -> Built:
+        built.append(candidate.key)
+        return whole(self, candidate)
+
+    monkeypatch.setattr(RealWorkshop, "score", stopped)
+    monkeypatch.setattr(RealWorkshop, "build", counted)
+    for _ in range(2):
+        with pytest.raises(InterruptedWorkError, match="same command again"):
+            accelerate(request, PROBES)
+    assert len(built) == 1
+    with pytest.raises(UsageError, match=r"the floor changed.*--restart"):
+        accelerate(replace(request, plan=Plan("memory", 0.4, 8.0)), PROBES)
+    (request.work / "original").mkdir()
+    (request.work / "original" / "nll-0.npy").write_text("of another search")
+    with pytest.raises(InterruptedWorkError):
+        accelerate(request, PROBES, restart=True)
+    assert not (request.work / "original").exists()
+    assert len(built) == 2
 
 
 def test_texts_have_nothing_in_common(text: Path, tmp_path: Path) -> None:

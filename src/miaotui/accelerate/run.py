@@ -35,7 +35,7 @@ from miaotui.accelerate.workshop import Builder, RealWorkshop, Subject, settings
 from miaotui.checkpoint import serving
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.recipe import Calibration
-from miaotui.errors import DependencyError, MiaotuiError, UsageError
+from miaotui.errors import DependencyError, InterruptedWorkError, MiaotuiError, UsageError
 from miaotui.hardware import ceilings, detect
 from miaotui.hardware.ceilings import Ceilings, Probes
 from miaotui.measure import quality
@@ -101,8 +101,13 @@ def accelerate(
     text = texts.prepare(request.data, request.calibration, cache_folder() / "texts")
     subject = Subject(request.model, opened, text)
     with Journal(request.work / "journal", _belongs_to(request, subject), restart=restart) as journal:
-        run = _Run(request, subject, source, probes, journal, write, tell)
-        card = run.card()
+        if not journal.entries:
+            _clear(request.work)
+        try:
+            card = _Run(request, subject, source, probes, journal, write, tell).card()
+        except KeyboardInterrupt:
+            hint = "Give the same command again to go on, or remove that folder."
+            raise InterruptedWorkError(f"The search was stopped; what it found is in {request.work}.", hint) from None
     shutil.rmtree(request.work, ignore_errors=True)
     return card
 
@@ -321,6 +326,13 @@ def _check(request: Request) -> None:
     for module, what, extra in needed:
         if importlib.util.find_spec(module) is None:
             raise DependencyError(f"{what} is not installed.", f"Install it with pip install 'miaotui[{extra}]'.")
+
+
+def _clear(work: Path) -> None:
+    """What lies beside a journal that has nothing to tell belongs to another search."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def _belongs_to(request: Request, subject: Subject) -> dict[str, Any]:
