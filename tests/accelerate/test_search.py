@@ -114,6 +114,19 @@ def test_a_planted_lossy_recipe_is_not_chosen(tmp_path: Path) -> None:
     assert all("on text that nothing was chosen by it loses 5% perplexity" in a.why for a in lost)
 
 
+@pytest.mark.parametrize("budget", [100.0, 250.0, 900.0])
+def test_it_ends_when_everything_is_refuted(tmp_path: Path, budget: float) -> None:
+    class Planted(FakeWorkshop):
+        def confirm(self, candidate: Candidate) -> Confirmation:
+            lost = {"perplexity_ratio": 1.05, "perplexity_ratio_stderr": 0.001}
+            return Confirmation({**lost, "perplexity_ratio_interval": [1.048, 1.052]}, super().confirm(candidate).duel)
+
+    outcome = found(tmp_path, Planted(), Plan("latency", 0.01, budget))
+    assert outcome.winner is None
+    assert outcome.closest is not None
+    assert len({c.key for c, _ in outcome.skipped}) == len(outcome.skipped)
+
+
 def test_one_that_breaks_the_floor_only_a_little_is_not_chosen(tmp_path: Path) -> None:
     """1.1% on all windows: more and more of them are read until the interval says so."""
     workshop = FakeWorkshop(loss=lambda c: 0.011 if scheme(c) == "w4g128-sym" else loss_of(c))

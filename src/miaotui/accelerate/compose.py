@@ -208,6 +208,9 @@ def _caveats(found: Findings, reports: Sequence[Mapping[str, Any]]) -> list[str]
     throttled = max(report["machine"]["disturbance"]["throttled"] for report in reports)
     if throttled:
         caveats.append(f"The processor slowed itself down {throttled} times while the regimes were measured.")
+    once = {one["regime"]: None for report in reports for one in regimes_of(report) if one["samples"] == 1}
+    if once:
+        caveats.append(f"Measured once in this budget, and so without an interval: {', '.join(once)}.")
     if found.measured.left_out:
         caveats.append(
             f"Not measured in this budget: {', '.join(found.measured.left_out)}. `miaotui bench` measures them."

@@ -95,15 +95,14 @@ class _Search:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Outcome:
-        winner = self._pass(SCREEN)
-        while winner is None and self._screened_by_refuted() and self._time(CONFIRM):
+        winner, before = self._pass(SCREEN), 0
+        while winner is None and len(self.attempts) > before and any(a.refuted for a in self.attempts):
+            before = len(self.attempts)
             winner = self._pass(CONFIRM)
         self._explain()
         disturbed = sum(a.disturbed for a in self.attempts)
         if disturbed:
-            self.notes.append(
-                f"Other processes disturbed {disturbed} of {len(self.attempts)} trials, also when repeated."
-            )
+            self.notes.append(f"Other processes disturbed {disturbed} of {len(self.attempts)} trials.")
         return Outcome(
             self.plan, winner, tuple(self.attempts), tuple(self.skipped), self.ledger.spent, tuple(self.notes)
         )
@@ -117,11 +116,6 @@ class _Search:
 
     def _best(self) -> Attempt | None:
         return max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
-
-    def _screened_by_refuted(self) -> bool:
-        """Whether something was left out that a refuted attempt stood in the way of."""
-        untried = self._untried()
-        return any(a.refuted for a in self.attempts) and bool(self._worthwhile(untried))
 
     def _explain(self) -> None:
         """A reason for all that stood and were not needed."""
