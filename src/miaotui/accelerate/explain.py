@@ -86,7 +86,7 @@ def words(dimension: str, choice: str) -> str:
         case "table":
             return "" if choice == "keep" else f"tokens' table and head in {choice}"
         case "blocks":
-            return "" if choice == "all" else f"{choice} layers fewer"
+            return "" if choice == "all" else f"{choice} layers left"
         case "compute":
             return f"activations in {choice}"
         case "kv_cache_dtype":
