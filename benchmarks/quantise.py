@@ -35,6 +35,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "awq+gptq": {"method": "awq+gptq"},
     "rotate+gptq": {"method": "rotate+gptq"},
     "gptq propagated": {"method": "gptq", "propagate": True},
+    "awq+gptq propagated": {"method": "awq+gptq", "propagate": True},
+    "rotate+gptq propagated": {"method": "rotate+gptq", "propagate": True},
+    "rotate+gptq propagated, polished": {
+        "method": "rotate+gptq",
+        "propagate": True,
+        "options": {"gptq": {"polish": 1}},
+    },
     "gptq+qat": {"method": "gptq+qat"},
     "rotate+gptq+qat": {"method": "rotate+gptq+qat"},
     "rtn w3": {"method": "rtn", "scheme": "w3g64-sym"},
@@ -168,7 +175,7 @@ def line(row: dict[str, Any]) -> str:
     quality = row["quality"]
     perplexity, ratio = quality["perplexity"], quality["perplexity_ratio"]
     return (
-        f"{row['name']:24} perplexity {perplexity:7.3f}  ratio {ratio:.4f}  KL {quality['kl_mean']:.4f}"
+        f"{row['name']:32} perplexity {perplexity:7.3f}  ratio {ratio:.4f}  KL {quality['kl_mean']:.4f}"
         f"  {row['seconds']:6.1f} s  {row['peak_bytes'] / 1e9:.2f} GB"
     )
 
