@@ -217,20 +217,22 @@ class _Run:
         )
 
     def _sensitivity(self, winner: Attempt | None, path: str) -> tuple[Sensitivity, ...]:
-        """What each layer costs, where layers were coded one by one and it takes no more than `SENSITIVITY_SHARE`."""
+        """What each layer's linears cost, or where there is no time for that, what each layer costs; else nothing."""
         recipe = None if winner is None else winner.candidate.recipe
         if recipe is None or winner is None or winner.candidate.blocks is not None:
             return ()
         from miaotui.accelerate import sensitivity
 
-        roles = sensitivity.roles_of(recipe.method)
-        seconds = 4 * sensitivity.operations(self.source.spec, len(roles)) / self.predictor.limits.fp32
-        if seconds > SENSITIVITY_SHARE * self.request.plan.budget:
+        most = SENSITIVITY_SHARE * self.request.plan.budget * self.predictor.limits.fp32 / 4
+        choices = (sensitivity.roles_of(recipe.method), (sensitivity.ALL,))
+        fitting = [one for one in choices if sensitivity.operations(self.source.spec, len(one)) <= most]
+        if not fitting:
             return ()
+        roles = fitting[0]
         self.tell("measuring what each layer costs")
         tokens = self.workshop.tokens
         found = self.ledger.note(
-            f"sensitivity {winner.candidate.weights_key}",
+            f"sensitivity {winner.candidate.weights_key} {','.join(roles)}",
             lambda: {"costs": [asdict(one) for one in sensitivity.measure(self.request.model, path, tokens, roles)]},
         )
         scheme = winner.candidate.features()["scheme"]
