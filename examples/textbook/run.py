@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 VOCABULARY = 2048
 WINDOW, BATCH = 128, 16
 HELD_OUT = 0.05
-STEPS = {"original": 400, "distilled-3m": 120, "distilled-1m": 300}
+STEPS = {"original": 1000, "distilled-3m": 120, "distilled-1m": 300}
 """Of BATCH windows each; the student without a teacher has as many as the one with."""
 
 CONFIG = {
@@ -72,7 +72,7 @@ class Life:
     def run(self) -> dict[str, Any]:
         self.text()
         self.start()
-        train = ["--data", self.path("text.jsonl"), "--window", WINDOW, "--batch", BATCH, "--save-every", "50"]
+        train = ["--data", self.path("text.jsonl"), "--window", WINDOW, "--batch", BATCH, "--save-every", "100"]
         train += ["--evaluate-every", "100", "--rate", "2e-3", "--warmup", "40"]
         calibrate = ["--calibration", self.path("text.jsonl"), "--window", WINDOW, "--windows", "64"]
         config = self.path("new/config.json")
@@ -91,8 +91,9 @@ class Life:
         return ["--steps", str(STEPS[name])]
 
     def taught(self, name: str, student: str, train: list[Any]) -> None:
-        """Distil from the original."""
-        self.stage(name, "distill", self.path("original"), "--student", self.path(student), *self.steps(name), *train)
+        """Distil from the original: half of the loss is its opinion, half the text's own next token."""
+        learn = ["--student", self.path(student), "--kl", "0.5", "--ce", "0.5", *self.steps(name)]
+        self.stage(name, "distill", self.path("original"), *learn, *train)
 
     def text(self) -> None:
         """Documents to learn from, and every twentieth to be judged by."""
