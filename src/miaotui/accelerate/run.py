@@ -51,6 +51,8 @@ ROUND_SHARE = 1 / 60
 """Of the budget, for one round of what the original is timed by."""
 SENSITIVITY_SHARE = 0.06
 """Of the budget, for what each layer costs."""
+SLOWNESS = 8.0
+"""How far PyTorch is from the peak there, as a rule."""
 FORMAT = 1
 """Of the journal's actions."""
 WINDOWS = ((600.0, 64), (300.0, 32), (0.0, 16))
@@ -223,7 +225,7 @@ class _Run:
             return ()
         from miaotui.accelerate import sensitivity
 
-        most = SENSITIVITY_SHARE * self.request.plan.budget * self.predictor.limits.fp32 / 4
+        most = SENSITIVITY_SHARE * self.request.plan.budget * self.predictor.limits.fp32 / SLOWNESS
         choices = (sensitivity.roles_of(recipe.method), (sensitivity.ALL,))
         fitting = [one for one in choices if sensitivity.operations(self.source.spec, len(one)) <= most]
         if not fitting:

@@ -69,15 +69,16 @@ def _measure(model: Model, coded: Model, tokens: torch.Tensor, roles: tuple[str,
     table = WindowLinear((read_matrix(model, "embedding"),), key="embedding")
     whole = ops.embed(table, scale=spec.embedding_scale).view(*tokens.shape, -1)
     names: list[tuple[int, str]] = []
-    streams: list[torch.Tensor] = []
+    streams = whole[:0]  # of the variants so far, as if they were windows of one text
     for index in range(len(spec.layers)):
         layer = read_layer(model, index)
-        streams = [run_layer(spec, layer, stream) for stream in streams]
+        after = run_layer(spec, layer, torch.cat([whole, streams]))
+        begun = []
         for role, variant in _variants(layer, read_layer(coded, index), roles):
             names.append((index, role))
-            streams.append(run_layer(spec, variant, whole))
-        whole = run_layer(spec, layer, whole)
-    costs = Streams(model, whole, streams).costs(torch.float32)
+            begun.append(run_layer(spec, variant, whole))
+        whole, streams = after[:1], torch.cat([after[1:], *begun])
+    costs = Streams(model, whole, list(streams[:, None])).costs(torch.float32)
     return [Cost(index, role, max(0.0, kl)) for (index, role), kl in zip(names, costs, strict=True)]
 
 
