@@ -114,6 +114,20 @@ def test_a_planted_lossy_recipe_is_not_chosen(tmp_path: Path) -> None:
     assert all("on text that nothing was chosen by it loses 5% perplexity" in a.why for a in lost)
 
 
+def test_what_was_left_out_because_of_a_refuted_one_is_looked_at_after_all(tmp_path: Path) -> None:
+    """int8 promises too little beside int4, until the last text shows that int4 loses too much."""
+
+    class Planted(FakeWorkshop):
+        def confirm(self, candidate: Candidate) -> Confirmation:
+            true = super().confirm(candidate)
+            if not scheme(candidate).startswith("w4"):
+                return true
+            lost = {"perplexity_ratio": 1.05, "perplexity_ratio_stderr": 0.001}
+            return Confirmation({**lost, "perplexity_ratio_interval": [1.048, 1.052]}, true.duel)
+
+    assert recipe_of(found(tmp_path, Planted(), Plan("latency", 0.01, 900.0)))[0] == "w8-sym"
+
+
 @pytest.mark.parametrize("budget", [100.0, 250.0, 900.0])
 def test_it_ends_when_everything_is_refuted(tmp_path: Path, budget: float) -> None:
     class Planted(FakeWorkshop):
