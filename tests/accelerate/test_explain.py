@@ -12,7 +12,8 @@ from miaotui.accelerate.compose import trial_of
 from miaotui.accelerate.explain import techniques, verdict
 from miaotui.accelerate.journal import Journal
 from miaotui.accelerate.search import Outcome
-from miaotui.accelerate.space import Space
+from miaotui.accelerate.space import Candidate, Space
+from miaotui.accelerate.trial import Confirmation, Duel
 from tests.accelerate.fakes import FakeWorkshop, fake_space, gain_of, loss_of, run_search
 
 DROPPED = (("fp8 weights", "this machine has no kernels that multiply fp8"),)
@@ -57,6 +58,17 @@ def test_keeping_the_original_names_the_closest(tmp_path: Path) -> None:
     assert outcome.closest is not None
     assert outcome.closest.name in sentence
     assert "% perplexity" in sentence
+
+
+def test_what_the_last_duel_did_not_bear_out_is_said(tmp_path: Path) -> None:
+    class Luck(FakeWorkshop):
+        def confirm(self, candidate: Candidate) -> Confirmation:
+            even = tuple({"answer": 1.0, "streams": 1.0, "memory": 1.0} for _ in range(9))
+            return replace(super().confirm(candidate), duel=Duel(even, even))
+
+    outcome, _, _ = told(tmp_path, Luck())
+    assert outcome.winner is None
+    assert "not faster for certain" in verdict(outcome)
 
 
 def test_a_trial_says_what_became_of_it(tmp_path: Path) -> None:

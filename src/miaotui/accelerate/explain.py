@@ -124,7 +124,7 @@ def _told(attempt: Attempt, rival: Attempt | None) -> str:
 
 
 def _fate(attempt: Attempt) -> str:
-    if attempt.failed or attempt.refuted:
+    if attempt.failed or attempt.refuted or attempt.confirmation is not None:
         return attempt.why
     parts = [] if attempt.ratio is None or attempt.exact else [loss_sentence(attempt.floor)]
     if attempt.gain is not None:

@@ -68,9 +68,9 @@ class Outcome:
     def closest(self) -> Attempt | None:
         """Of what did not win, the one that came nearest: the best of those that keep the floor, or the least loss."""
         known = [a for a in self.attempts if a.ratio is not None and not a.won and not a.failed]
-        standing = [a for a in known if a.stands and a.value > 1]
+        standing = [a for a in known if a.stands and a.value >= LEAST_GAIN]
         recipes = [a for a in known if a.candidate.recipe is not None and not a.stands]
-        if standing and (self.winner is not None or not recipes):
+        if standing:
             return max(standing, key=lambda a: a.value)
         return min(recipes or known, key=lambda a: a.ratio.value if a.ratio else 0.0, default=None)
 
