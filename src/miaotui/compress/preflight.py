@@ -17,9 +17,10 @@ from miaotui.compress.places import Model
 from miaotui.compress.precision import products
 from miaotui.compress.recipe import Recipe
 from miaotui.compress.solve import round_layer, scale_layer
-from miaotui.compress.statistics import Gathering
+from miaotui.compress.statistics import Gathering, attach
 from miaotui.compress.types import Place
-from miaotui.compress.walk import SIDE_BY_SIDE_BYTES, Work, attach, crew
+from miaotui.compress.walk import SIDE_BY_SIDE_BYTES, crew
+from miaotui.compress.work import Work
 from miaotui.errors import ResourceError
 from miaotui.hardware.detect import available_memory
 from miaotui.model.shapes import shapes

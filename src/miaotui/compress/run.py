@@ -31,7 +31,8 @@ from miaotui.compress.sensitivity import budgeted
 from miaotui.compress.solved import Part, Planned, Solved
 from miaotui.compress.types import LinearScheme, Place
 from miaotui.compress.verify import verify
-from miaotui.compress.walk import Work, check_tables, scale_type_of, walk
+from miaotui.compress.walk import walk
+from miaotui.compress.work import Work, check_tables, scale_type_of
 from miaotui.compress.write_folder import write_folder
 from miaotui.compress.write_gguf import check_gguf, write_gguf
 from miaotui.errors import UsageError

@@ -21,8 +21,9 @@ from miaotui.compress.methods.budget import assign
 from miaotui.compress.progress import Clock, Tell, silent
 from miaotui.compress.recipe import parse_scheme
 from miaotui.compress.solve import solve
+from miaotui.compress.statistics import attach
 from miaotui.compress.types import LinearScheme, Place
-from miaotui.compress.walk import Work, attach
+from miaotui.compress.work import Work
 
 FILE = "sensitivity.json"
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from miaotui.checkpoint.write import Stored, write_safetensors
-from miaotui.compress.types import InputStatistics
+from miaotui.compress.types import InputStatistics, Layer
 from miaotui.errors import CheckpointError, UsageError
 
 BLOCKS = 4
@@ -111,6 +111,13 @@ def mirrored(upper: torch.Tensor) -> torch.Tensor:
         square = upper[start:end, start:end].triu()
         upper[start:end, start:end] = square + square.triu(1).T
     return upper
+
+
+def attach(layer: Layer, found: LayerStatistics) -> None:
+    """Give a layer's linears what calibration knows of them."""
+    for key, group in layer.groups.items():
+        group.statistics = found.inputs.get(key)
+    layer.key_peaks, layer.value_peaks = found.keys, found.values
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
