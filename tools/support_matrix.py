@@ -98,7 +98,10 @@ def _traits(family: Family) -> str:
 
 
 def _kinds() -> Iterator[tuple[str, str]]:
-    yield ("safetensors", "`F32` `F16` `BF16`; compressed-tensors (pack-, int- and float-quantized, sparse-bitmask), GPTQ, AWQ")
+    yield (
+        "safetensors",
+        "`F32` `F16` `BF16`; compressed-tensors (pack-, int- and float-quantized, sparse-bitmask), GPTQ, AWQ",
+    )
     yield ("GGUF", _list((*DENSE_TYPES, *KINDS)))
     yield ("`--compute`", _list(COMPUTE_TYPES))
     yield ("`--kv-cache-dtype`", _list(CACHE_TYPES))

@@ -41,7 +41,9 @@ PROMPT = "The capital of France is"
     help="A recipe as YAML, or an artefact's folder; what else is given changes it.",
 )
 @click.option(
-    "--scheme", metavar="SCHEME", help="w4g64-sym, w8-sym, w3g64-asym, w8a8, w4a8g64, fp8, q4_0 …  [default: w4g64-sym]"
+    "--scheme",
+    metavar="SCHEME",
+    help="w4g64-sym, w8-sym, w3g64-asym, w8a8, w4a8g64, fp8, or q4_0.  [default: w4g64-sym]",
 )
 @click.option(
     "--method",
