@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from miaotui.cli.load import load_for_chat
+from miaotui.cli.load import as_served, load_for_chat
 from miaotui.cli.options import TOOL_CALL_PARSER, engine_options, take_engine
 from miaotui.errors import InterruptedWorkError, ResourceError, UsageError
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _DECIDE = ("compute", "kv_cache_dtype", "max_model_len", "device")
 """The engine's options that answers depend on."""
+_AUTO = {"compute": "auto", "kv_cache_dtype": "auto", "device": "auto"}
+"""What they are where neither the user nor the artefact says anything."""
 _NO_BOUND = 1 << 30
 
 
@@ -128,7 +130,8 @@ def _identity(asked: _Asked) -> dict[str, str]:
     from miaotui.model.chat import read_template
 
     template = None if asked.chat_template is None else read_template(asked.chat_template)
-    told = {name: asked.engine[name] for name in _DECIDE if name in asked.engine}
+    served = {**_AUTO, **as_served(asked.model, asked.engine)}
+    told = {name: served[name] for name in _DECIDE if name in served}
     return {
         "model": open_checkpoint(resolve(asked.model)).fingerprint(),
         "model's name": json.dumps(asked.names),
