@@ -83,18 +83,25 @@ class Finish:
         order = list(speed.regimes())
         reports = tuple(_in_order(report, order) for report in found["reports"])
         there = [result["regime"] for result in reports[0]["results"]]
-        return Measured(reports, shown, tuple(name for name in order if name not in there), tuple(notes))
+        longest, table = self.predictor.source.spec.max_position, speed.regimes()
+        too_long = [name for name in order if table[name].positions > longest]
+        if too_long:
+            notes.append(f"Longer than the model's context of {longest} tokens: {', '.join(too_long)}.")
+        left_out = tuple(name for name in order if name not in there and name not in too_long)
+        return Measured(reports, shown, left_out, tuple(notes))
 
     def fitting(self, winner: Candidate | None, seconds: float) -> list[str]:
         """The regimes that can be had in that time, those first that the goal is about.
 
-        A regime costs its warm-up and one round, of both models. The goal's first regime is measured in any case.
+        A regime costs its warm-up and one round, of both models. The goal's first regime is measured in any case, but
+        none that is longer than the model's context.
         """
+        longest, table = self.predictor.source.spec.max_position, speed.regimes()
         before = self.predictor.regime_seconds(ORIGINAL)
         after = before if winner is None else self.predictor.regime_seconds(winner)
         order = [*FIRST[self.goal], *(name for name in before if name not in FIRST[self.goal])]
         chosen: list[str] = []
-        for name in order:
+        for name in (name for name in order if table[name].positions <= longest):
             cost = 2 * LOSS * (before[name] + (after[name] if winner is not None else 0.0))
             if cost <= seconds or not chosen:
                 chosen.append(name)

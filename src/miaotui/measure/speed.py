@@ -89,7 +89,8 @@ class Subject:
 class Regime:
     """`sample` takes samples; `ceiling` is the best this machine could do, in the same unit, or None.
 
-    usual: measured when no regimes are named.
+    usual: measured when no regimes are named. positions: tokens that one of its requests has, prompt and answer; 0 for
+    a regime that has as many as the model allows.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Regime:
     sample: Callable[[Subject], list[float]]
     ceiling: Callable[[Subject, Ceilings], float | None]
     usual: bool = True
+    positions: int = 0
 
 
 def regimes() -> dict[str, Regime]:
@@ -106,7 +108,7 @@ def regimes() -> dict[str, Regime]:
         Regime("start", "s", False, _start, lambda subject, limits: None),
         Regime("load", "s", False, _load, lambda subject, limits: subject.cost.weight_bytes / limits.bandwidth),
         Regime("peak-memory", "MB", False, _peak_memory, lambda subject, limits: subject.cost.weight_bytes / 1e6),
-        Regime("prefill-512", "tokens/s", True, _prefill, _prefill_ceiling),
+        Regime("prefill-512", "tokens/s", True, _prefill, _prefill_ceiling, positions=513),
         *(_decode_regime(context) for context in (16, 512)),
         *(_throughput_regime(requests) for requests in (8, 64)),
         _decode_regime(None),
@@ -364,7 +366,8 @@ def _decode_regime(context: int | None) -> Regime:
         cost = subject.cost
         return 1 / cost.seconds(cost.step([(context or subject.longest) + DECODE_TOKENS // 2]), limits)
 
-    return Regime(f"decode-1@{context or 'long'}", "tokens/s", True, sample, ceiling, context is not None)
+    name, positions = f"decode-1@{context or 'long'}", 0 if context is None else context + DECODE_TOKENS + 1
+    return Regime(name, "tokens/s", True, sample, ceiling, context is not None, positions)
 
 
 def _throughput_regime(requests: int) -> Regime:
@@ -389,4 +392,4 @@ def _throughput_regime(requests: int) -> Regime:
             seconds += cost.seconds(cost.step([length] * requests), limits)
         return requests * REQUEST / seconds
 
-    return Regime(f"throughput-{requests}", "tokens/s", True, sample, ceiling)
+    return Regime(f"throughput-{requests}", "tokens/s", True, sample, ceiling, positions=2 * REQUEST)
