@@ -64,6 +64,14 @@ def test_noise_is_no_journal(tmp_path: Path) -> None:
         read(path)
 
 
+def test_anothers_file_without_an_end_of_line_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(b"notes of mine")
+    with pytest.raises(UsageError, match="no journal"):
+        read(path)
+    assert path.read_bytes() == b"notes of mine"
+
+
 def test_another_search_is_refused_by_what_differs(tmp_path: Path) -> None:
     path = filled(tmp_path / "journal")
     with pytest.raises(UsageError, match=r"the goal changed.*--restart"):

@@ -78,7 +78,13 @@ PROMPT = "The capital of France is"
 @click.option("--windows", type=int, help="How many runs of text.  [default: 64]")
 @click.option("--window", type=int, help="Tokens of each.  [default: 512]")
 @click.option("--seed", type=int, help="Of what is drawn.  [default: 0]")
-@click.option("--device", default="auto", show_default=True, help="Where the text runs: cpu, cuda.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the text runs when it is calibrated on.",
+)
 @click.option("--restart", is_flag=True, help="Do not go on with what an interrupted run left.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")  # fmt: skip
 def command(model: str, out: Path, device: str, restart: bool, as_json: bool, **given: Any) -> None:

@@ -47,8 +47,7 @@ class Hidden:
 
     def all(self) -> torch.Tensor:
         """Every window, as a view of the file that must not be written to."""
-        windows = self.shape[0]
-        return torch.from_numpy(np.memmap(self.path, np.float32, "c", 0, self.shape))[:windows]
+        return torch.from_numpy(np.memmap(self.path, np.float32, "c", 0, self.shape))
 
     def _map(self, chosen: slice, mode: str) -> NDArray[np.float32]:
         _, length, width = self.shape

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from miaotui.compress.recipe import Precision
+from miaotui.errors import UsageError
 from miaotui.hardware.detect import detect
 
 _NATIVE = ("avx512_bf16", "amx_bf16")
@@ -37,7 +38,12 @@ def products(precision: Precision) -> Iterator[torch.dtype]:
 
 
 def device_of(choice: str) -> str:
-    """`cuda` where there is one and `choice` is `auto`; else what was chosen."""
+    """`cuda` where there is one and `choice` is `auto`; else what was chosen.
+
+    Raises UsageError for `cuda` where PyTorch finds none.
+    """
+    if choice.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("PyTorch finds no CUDA device here.", "Leave --device out, or give cpu.")
     if choice == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return choice

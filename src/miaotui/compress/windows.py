@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from miaotui.backends.ops import Activation, Attention, ExpertsWeight, NormWeight, Rope
-from miaotui.backends.reference.ops import ACTIVATIONS
+from miaotui.backends.reference.ops import ACTIVATIONS, routed
 from miaotui.quant.tensor import Tensor
 
 Listen = Callable[[str, torch.Tensor], None]
@@ -148,15 +148,11 @@ class WindowOps:
     ) -> torch.Tensor:
         router: WindowLinear = weight.router
         probability = torch.softmax(x @ router.weights[0].T, dim=1)
-        chosen, index = (part[:, :top_k] for part in torch.sort(probability, dim=1, descending=True, stable=True))
-        if normalise:
-            chosen = chosen / chosen.sum(dim=1, keepdim=True)
         out = torch.zeros_like(x) if add is None else add
-        for expert in sorted(set(index.flatten().tolist())):
-            rows, rank = torch.where(index == expert)
+        for expert, rows, share in routed(probability, top_k, normalise):
             y = self.gated(self._product(x[rows], weight.gate_up[expert]), activation)
             y = self._product(y, weight.down[expert])
-            out = out.index_add(0, rows, y * chosen[rows, rank, None])
+            out = out.index_add(0, rows, y * share)
         return out
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:

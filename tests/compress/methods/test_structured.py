@@ -18,15 +18,6 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return problems.weight(20, WIDTH), x, problems.moment(x)
 
 
-def test_influence_of_blocks() -> None:
-    before = torch.randn(3, 5, 16)
-    assert structured.block_influence(before, 3 * before) == pytest.approx(0, abs=1e-6)
-    assert structured.block_influence(before, -before) == pytest.approx(2, abs=1e-6)
-    after = before + torch.randn(3, 5, 16)
-    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(before.view(-1, 16), after.view(-1, 16), strict=True)]
-    assert structured.block_influence(before, after) == pytest.approx(1 - np.mean(cosines), abs=1e-5)
-
-
 def test_importance_is_the_energy_of_what_would_be_missing(problem: tuple[torch.Tensor, ...]) -> None:
     weight, x, moment = problem
     alone = [float((x[:, j : j + 1].double() @ weight[:, j : j + 1].double().T).square().sum()) for j in range(WIDTH)]

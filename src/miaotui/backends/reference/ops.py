@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +57,19 @@ def step_tensors(step: Step, device: torch.device) -> StepTensors:
         sequences=sequences,
         logits_rows=torch.from_numpy(step.logits_rows.astype(np.int64)).to(device),
     )
+
+
+def routed(probability: torch.Tensor, top_k: int, normalise: bool) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each expert that is wanted, the rows that want it, and its share of each of these `[rows, 1]`.
+
+    probability: `[rows, experts]`; normalise: the chosen ones' shares sum to 1.
+    """
+    chosen, index = (part[:, :top_k] for part in torch.sort(probability, dim=1, descending=True, stable=True))
+    if normalise:
+        chosen = chosen / chosen.sum(dim=1, keepdim=True)
+    for expert in sorted(set(index.flatten().tolist())):
+        rows, rank = torch.where(index == expert)
+        yield expert, rows, chosen[rows, rank, None]
 
 
 class ReferenceOps:
@@ -154,15 +167,11 @@ class ReferenceOps:
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
         probability = torch.softmax(weight.router.apply(x, quantise=False), dim=1)
-        chosen, index = (part[:, :top_k] for part in torch.sort(probability, dim=1, descending=True, stable=True))
-        if normalise:
-            chosen = chosen / chosen.sum(dim=1, keepdim=True)
         out = torch.zeros_like(x)
-        for expert in sorted(set(index.flatten().tolist())):
-            rows, rank = torch.where(index == expert)
+        for expert, rows, share in routed(probability, top_k, normalise):
             y = self.gated(self._product(x[rows], weight.gate_up[expert]), activation)
             y = self._product(y, weight.down[expert])
-            out = out.index_add(0, rows, y * chosen[rows, rank, None])
+            out = out.index_add(0, rows, y * share)
         return out if add is None else add + out
 
     def select_rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,6 @@ DAMPING = 0.01
 
 
 # -- importance ----------------------------------------------------------------------------------------------
-def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
-    """1 − the mean cosine of a block's input and output `[…, hidden]` (ShortGPT, equation 1)."""
-    return float(1 - torch.cosine_similarity(before.flatten(0, -2), after.flatten(0, -2), dim=1).double().mean())
-
-
 def channel_importance(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """Energy `[in]` that each input adds to the outputs of a weight `[out, in]`: ‖X_j‖² · ‖W_j‖²."""
     return moment.diagonal() * weight.square().sum(dim=0)
