@@ -432,3 +432,19 @@ def test_killed_when_all_was_answered(demo_gguf: Path, tmp_path: Path, capsys: p
         assert (summary["lines"], summary["resumed"], summary["completion_tokens"]) == (1, 1, 0)
         assert not journal_of(output).exists()
     assert json.loads(output.read_text())["custom_id"] == "a"
+
+
+def test_what_an_artefact_recommends_decides_its_answers_too(demo_gguf: Path, tmp_path: Path) -> None:
+    from miaotui.checkpoint import serving
+
+    artefact = tmp_path / "fast.gguf"
+    artefact.symlink_to(demo_gguf)
+
+    def way(engine: dict[str, Any]) -> str:
+        return _identity(_Asked(str(artefact), ("m",), None, None, None, engine, ""))["way to compute"]
+
+    before = way({})
+    assert before == way(AUTO)
+    serving.write(artefact, {"kv_cache_dtype": "int8"}, 2)
+    assert way({}) != before
+    assert way({"kv_cache_dtype": "auto"}) == before, "what is typed counts more"
