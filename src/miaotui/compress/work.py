@@ -20,7 +20,7 @@ from miaotui.errors import UsageError
 from miaotui.model.spec import ModelSpec
 from miaotui.quant.scheme import ScaleType
 
-LAYOUT = 2
+LAYOUT = 3
 """Of what is solved by which arithmetic; part of what a part belongs to."""
 
 

@@ -87,7 +87,9 @@ def test_factor_is_the_damped_inverse() -> None:
         made = factor(moment, GptqOptions(0.02, order))
         at = made.order
         damped = moment[at][:, at] + 0.02 * moment.diagonal().mean() * torch.eye(48)
+        torch.testing.assert_close(made.root @ made.root.T, damped, atol=1e-3, rtol=1e-5)
         torch.testing.assert_close(made.upper.T @ made.upper @ damped, torch.eye(48), atol=2e-3, rtol=0)
+        assert torch.equal(made.root, made.root.triu())
         assert torch.equal(made.upper, made.upper.triu())
         assert made.damping == 0.02
 

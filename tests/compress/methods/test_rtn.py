@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from miaotui.compress.methods.grid import RATIOS, diagonal_blocks, fit, minmax
+from miaotui.compress.methods.grid import COARSE, FINE, diagonal_blocks, fit, minmax
 from miaotui.compress.methods.rtn import rtn
 from miaotui.errors import UsageError
 from miaotui.quant.rounding import round_to_nearest
@@ -54,10 +54,23 @@ def test_search_finds_the_best_share_of_every_group(how: str, symmetric: bool) -
         for group in range(3):
             columns = slice(32 * group, 32 * group + 32)
             part, seen = weight[row : row + 1, columns], x[:, columns] if how == "output" else torch.eye(32)
-            tries = [minmax(part, QuantScheme(3, None, symmetric, "bfloat16"), ratio=r).nearest(part) for r in RATIOS]
-            least = min(float((seen @ (t - part).T).square().sum()) for t in tries)
+            least = _least(part, QuantScheme(3, None, symmetric, "bfloat16"), seen)
             got = float((seen @ (found[row, columns] - part[0])).square().sum())
             assert got == pytest.approx(least, rel=1e-3)
+
+
+def _least(part: torch.Tensor, scheme: QuantScheme, seen: torch.Tensor) -> float:
+    """The least error over COARSE shares, then over FINE steps down and up from the best so far."""
+
+    def error(share: float) -> float:
+        tried = minmax(part, scheme, ratio=share).nearest(part)
+        return float((seen @ (tried - part).T).square().sum())
+
+    least, best = min((error(share), share) for share in COARSE)
+    for step in FINE:
+        around = [best * (1 - step), best * (1 + step)]
+        least, best = min([(least, best), *((error(share), share) for share in around)])
+    return least
 
 
 def test_search_beats_minmax_where_it_should() -> None:

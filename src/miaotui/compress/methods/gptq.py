@@ -7,6 +7,7 @@ ordering), so that an activation order needs no g_idx in the artefact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,7 +16,7 @@ from miaotui.compress.methods.polish import Column, polish
 from miaotui.errors import UsageError
 from miaotui.quant.scheme import QuantScheme
 
-BLOCK = 128
+BLOCK = 64
 """Columns whose corrections to the rest are gathered into one product (section 3.3, step 2)."""
 TRIES = 8
 """How often damping is raised, tenfold each time, when the factorisation fails."""
@@ -46,20 +47,26 @@ class GptqOptions:
 class Factor:
     """What GPTQ needs of a moment, shared by every weight with these inputs.
 
-    upper: U `[in, in]` with (H + damping)⁻¹ = Uᵀ·U, rows and columns in `order`; dead: inputs that were always 0.
+    root: R `[in, in]`, upper triangular, with H + damping = R·Rᵀ, rows and columns in `order`; dead: inputs that were
+    always 0.
     """
 
-    upper: torch.Tensor
+    root: torch.Tensor
     order: torch.Tensor
     dead: torch.Tensor
     damping: float
 
+    @cached_property
+    def upper(self) -> torch.Tensor:
+        """U = R⁻¹: (H + damping)⁻¹ = Uᵀ·U."""
+        inverse: torch.Tensor = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root)), upper=True)
+        return inverse
+
 
 def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor:
-    """Factor the inverse of XᵀX, damped; more and more where it is too near singular for float32.
+    """Factor XᵀX, damped; more and more where it is too near singular for float32.
 
-    The moment reversed is L·Lᵀ; reversed again, H = R·Rᵀ with R upper triangular, so that H⁻¹ = R⁻ᵀ·R⁻¹ and U = R⁻¹:
-    one factorisation and one triangular inverse, and no inverse of H itself.
+    The moment reversed is L·Lᵀ; reversed again, it is R·Rᵀ with R upper triangular.
     Raises UsageError for a moment that is not finite.
     """
     diagonal = moment.diagonal()
@@ -70,20 +77,16 @@ def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if options.order else torch.arange(len(diagonal))
     reverse = order.flip(0)
-    flipped = moment[reverse][:, reverse]
-    at = torch.arange(len(diagonal))
-    flipped[at, at] += dead[reverse].float()
-    mean = _mean(moment)
-    damping = options.damping
+    damped = moment[reverse][:, reverse]
+    diagonal = damped.diagonal()
+    diagonal += dead[reverse].float()
+    mean, damping, added = _mean(moment), options.damping, 0.0
     for _ in range(TRIES):
-        damped = flipped.clone()
-        damped[at, at] += damping * mean
+        diagonal += damping * mean - added
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
-            identity = torch.eye(len(diagonal))
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return Factor(inverse.flip(0, 1).contiguous(), order, dead, damping)
+            return Factor(lower.flip(0, 1), order, dead, damping)
+        added = damping * mean
         damping *= 10
     raise AssertionError("a positive semidefinite matrix with ten million times its mean added is not definite")
 
@@ -120,24 +123,24 @@ def gptq(
 
 
 def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> torch.Tensor:
-    """The codes `[out, in]`. Works on the transpose, where a column of the weight is contiguous."""
-    rest = weight.T[shared.order].contiguous()
-    upper, width = shared.upper, weight.shape[1]
-    columns, order = Column(grid), shared.order.tolist()
-    pivots = upper.diagonal().tolist()
-    codes = torch.empty_like(rest)
-    for start in range(0, width, BLOCK):
-        end = min(start + BLOCK, width)
-        errors = torch.empty(end - start, weight.shape[0])
-        for i in range(start, end):
-            column = rest[i]
-            code, value = columns.nearest(column, order[i])
-            codes[i] = code
-            error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i])
-            if i + 1 < end:
-                rest[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-        if end < width:
-            rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    ordered = torch.empty_like(codes)
-    ordered[shared.order] = codes
-    return ordered.T.contiguous()
+    """The codes `[out, in]`. Works on the transpose, where a column of the weight is contiguous.
+
+    What column j is to be rounded from is the weight plus Σ_{k<j} (w_k − q_k)·R_kj / R_jj: the paper's rest, without
+    an inverse (Chee et al. 2023, arXiv 2307.13304, theorem 6).
+    """
+    target = weight.T[shared.order]
+    feedback = shared.root / shared.root.diagonal()
+    order, columns = shared.order.tolist(), Column(grid)
+    changes, units = torch.empty_like(target), torch.empty_like(target)
+    for start in range(0, len(target), BLOCK):
+        block = slice(start, start + BLOCK)
+        rest = torch.addmm(target[block], feedback[:start, block].T, changes[:start])
+        back = feedback[block, block].unbind()
+        rows = zip(rest.unbind(), target[block].unbind(), changes[block].unbind(), units[block].unbind(), strict=True)
+        for i, (column, exact, change, unit) in enumerate(rows):
+            value = columns.nearest(column, order[start + i], unit)
+            torch.sub(exact, value, out=change)
+            rest[i + 1 :].addr_(back[i][i + 1 :], change)
+    codes = torch.empty_like(units)
+    codes[shared.order] = units
+    return columns.codes(codes).T.contiguous()

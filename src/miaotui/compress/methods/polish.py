@@ -8,6 +8,7 @@ row's output is linear in its scales, one least-squares problem of as many unkno
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -81,43 +82,59 @@ def descend(weight: torch.Tensor, grid: Grid, codes: torch.Tensor, moment: torch
     within a block at once, beyond it block by block. Inputs that never occur keep their codes.
     """
     width = weight.shape[1]
-    values, codes = grid.values(codes).T.contiguous(), codes.T.contiguous()
+    values, column = grid.values(codes).T.contiguous(), Column(grid)
+    units = column.units(codes.T.contiguous())
     rest = moment @ (weight.T - values)
     pivots = moment.diagonal().tolist()
-    column = Column(grid)
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
         moves = torch.zeros(end - start, weight.shape[0])
         for i in range(start, end):
             if pivots[i] <= 0:
                 continue
-            code, value = column.nearest(torch.add(values[i], rest[i], alpha=1 / pivots[i]), i)
+            value = column.nearest(torch.add(values[i], rest[i], alpha=1 / pivots[i]), i, units[i])
             torch.sub(value, values[i], out=moves[i - start])
-            values[i], codes[i] = value, code
+            values[i] = value
             if i + 1 < end:
                 rest[i + 1 : end].addr_(moment[i + 1 : end, i], moves[i - start], alpha=-1)
         if end < width:
             rest[end:].addmm_(moment[end:, start:end], moves, alpha=-1)
-    return codes.T.contiguous()
+    return column.codes(units).T.contiguous()
 
 
 class Column:
-    """Nearest codes in one column of the weight, `[out]`."""
+    """Nearest values in one column of the weight, `[out]`. Units are codes less their zero point, if they have one."""
 
     def __init__(self, grid: Grid) -> None:
-        self._size, self._top = grid.size, grid.top
-        self._scales = grid.scale.T.contiguous()
+        self._size, top = grid.size, float(grid.top)
+        self._scales = grid.scale.T.contiguous().unbind()
         self._zeros = None if grid.zero is None else grid.zero.T.contiguous()
-        self._floors = None if grid.minimum is None else grid.minimum.T.contiguous()
+        self._floors = None if grid.minimum is None else grid.minimum.T.contiguous().unbind()
+        self._limits: list[tuple[Any, Any]] = [(0.0, top)] * len(self._scales)
+        if grid.scheme.symmetric:
+            self._limits = [(-float(grid.scheme.zero), top - grid.scheme.zero)] * len(self._scales)
+        elif self._zeros is not None:
+            self._limits = [(-zero, top - zero) for zero in self._zeros]
 
-    def nearest(self, column: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and what they mean."""
+    def nearest(self, column: torch.Tensor, index: int, unit: torch.Tensor) -> torch.Tensor:
+        """What the nearest codes mean; these are left in `unit`."""
         group = index // self._size
-        scale = self._scales[group]
+        scale, (low, high) = self._scales[group], self._limits[group]
+        if self._floors is None:
+            torch.div(column, scale, out=unit).round_().clamp_(low, high)
+            return torch.mul(unit, scale)
+        torch.sub(column, self._floors[group], out=unit).div_(scale).round_().clamp_(low, high)
+        return torch.addcmul(self._floors[group], unit, scale)
+
+    def codes(self, units: torch.Tensor) -> torch.Tensor:
+        """From units `[in, out]`, in place."""
         if self._zeros is not None:
-            zero = self._zeros[group]
-            code = torch.div(column, scale).round_().add_(zero).clamp_(0, self._top)
-            return code, torch.sub(code, zero).mul_(scale)
-        assert self._floors is not None
-        code = torch.sub(column, self._floors[group]).div_(scale).round_().clamp_(0, self._top)
-        return code, torch.addcmul(self._floors[group], code, scale)
+            by_group = units.view(len(self._zeros), -1, units.shape[1])
+            by_group += self._zeros[:, None]
+        return units
+
+    def units(self, codes: torch.Tensor) -> torch.Tensor:
+        """From codes `[in, out]`."""
+        if self._zeros is None:
+            return codes.clone()
+        return (codes.view(len(self._zeros), -1, codes.shape[1]) - self._zeros[:, None]).flatten(0, 1)
