@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -99,7 +100,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * DTYPES[self.dtype][0] // 8
+        return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
 
 
 Load = Callable[[str], NDArray[Any]]
@@ -146,9 +147,12 @@ def write_sharded(
 ) -> list[Path]:
     """`model.safetensors`, or shards of at most `shard_bytes` (a larger tensor gets its own) and their index."""
     shards: list[list[Stored]] = [[]]
+    size = 0
     for tensor in tensors:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
+        size += tensor.nbytes
+        if shards[-1] and size > shard_bytes:
             shards.append([])
+            size = tensor.nbytes
         shards[-1].append(tensor)
     if len(shards) == 1:
         write_safetensors(folder / SINGLE, tensors, load, metadata)
