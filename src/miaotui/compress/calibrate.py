@@ -62,6 +62,12 @@ def key_of(model: Model, text: CalibrationText, precision: Precision) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
+def kept(model: Model, text: CalibrationText, cache: Path, *, precision: Precision) -> Statistics | None:
+    """Those that lie in `cache`, whole."""
+    folder, layers = cache / key_of(model, text, precision), len(model.spec.layers)
+    return Statistics(folder, layers) if _path(folder, layers).exists() else None
+
+
 def calibrate(
     model: Model,
     text: CalibrationText,

@@ -1,4 +1,7 @@
-"""What the work will take, told before it begins: memory and disk by what must be held, time by trying one layer."""
+"""What the work will take, told before it begins: memory and disk by what must be held, time by trying one layer.
+
+Where the statistics are there already, that layer is the first one itself, which is then done.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from miaotui.compress.recipe import Recipe
 from miaotui.compress.solve import round_layer, scale_layer
 from miaotui.compress.statistics import Gathering, attach
 from miaotui.compress.types import Place
-from miaotui.compress.walk import SIDE_BY_SIDE_BYTES, crew
+from miaotui.compress.walk import SIDE_BY_SIDE_BYTES, crew, solve_layer, unsolved
 from miaotui.compress.work import Work
 from miaotui.errors import ResourceError
 from miaotui.hardware.detect import available_memory
@@ -108,9 +111,25 @@ def _existing(folder: Path) -> Path:
 
 def measure(work: Work, found: Estimate, *, gathers: bool) -> Estimate:
     """The estimate with what one layer took: its time, and its memory where that is more."""
-    seconds = _try_layer(work, gathers=gathers)
+    begun = work.statistics is not None and not work.sequential and work.recipe.budget is None
+    seconds = _first_layer(work) if begun else _try_layer(work, gathers=gathers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return Estimate(max(found.memory, peak), found.disk, seconds)
+
+
+def _first_layer(work: Work) -> float:
+    """Solve the first layer that is left; the seconds of all others."""
+    left = unsolved(work)
+    if not left:
+        return 0.0
+    workers, each = crew(work.model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(each)
+    started = time.perf_counter()
+    with products(work.precision):
+        solve_layer(work, left[0])
+    torch.set_num_threads(threads)
+    return (len(left) - 1) * (time.perf_counter() - started) / workers
 
 
 def _try_layer(work: Work, *, gathers: bool) -> float:

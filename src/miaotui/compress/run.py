@@ -17,7 +17,7 @@ import torch
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.checkpoint.write import atomic_file, atomic_folder
-from miaotui.compress.calibrate import Statistics, calibrate
+from miaotui.compress.calibrate import Statistics, calibrate, kept
 from miaotui.compress.data import CalibrationText, Write, windows
 from miaotui.compress.folder_config import folder_config, target_of
 from miaotui.compress.methods.grid import check_width
@@ -93,6 +93,7 @@ def compress(
         resolved(recipe.calibration.precision, device_of(device)), device_of(device),
     )  # fmt: skip
     with _alone(work.folder, resume):
+        work = replace(work, statistics=_kept(work, cache))
         found = _preflight(work, cache, out, tell)
         clock.end("preflight")
         work = replace(work, statistics=_statistics(work, cache, tell))
@@ -199,12 +200,18 @@ def _alone(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _preflight(work: Work, cache: Path, out: Path, tell: Tell) -> Estimate:
-    gathers = work.recipe.needs_statistics
+    gathers = work.recipe.needs_statistics and work.statistics is None
     found = estimate(work.model, work.recipe, gathers=gathers)
     refuse(found, work.model, cache, out)
     found = measure(work, found, gathers=gathers)
     tell(Progress("preflight", 1, 1, left=found.seconds, note=found.sentence()))
     return found
+
+
+def _kept(work: Work, cache: Path) -> Statistics | None:
+    if work.text is None or not work.recipe.needs_statistics:
+        return None
+    return kept(work.model, work.text, cache, precision=work.precision)
 
 
 def _statistics(work: Work, cache: Path, tell: Tell) -> Statistics | None:

@@ -46,17 +46,16 @@ def walk(work: Work, tell: Tell = silent) -> Solved:
 
 # -- layers apart ------------------------------------------------------------------------------------------------
 def _side_by_side(work: Work, clock: Clock) -> None:
-    layers = range(len(work.model.spec.layers))
-    missing = [index for index in layers if about(work.folder, index, work.belongs_to) is None]
-    clock.kept(len(layers) - len(missing))
+    missing = unsolved(work)
+    clock.kept(len(work.model.spec.layers) - len(missing))
     threads = torch.get_num_threads()
     workers, each = crew(work.model)
     if workers == 1:
         for index in missing:
-            clock.step(_solve(work, index))
+            clock.step(solve_layer(work, index))
         return
     with ThreadPoolExecutor(workers, initializer=_start_worker, initargs=(each,)) as pool:
-        jobs = [pool.submit(_solve, work, index) for index in missing]
+        jobs = [pool.submit(solve_layer, work, index) for index in missing]
         try:
             for job in as_completed(jobs):
                 clock.step(job.result())
@@ -64,6 +63,12 @@ def _side_by_side(work: Work, clock: Clock) -> None:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     torch.set_num_threads(threads)
+
+
+def unsolved(work: Work) -> list[int]:
+    """Layers that no run of the same work has written."""
+    layers = range(len(work.model.spec.layers))
+    return [index for index in layers if about(work.folder, index, work.belongs_to) is None]
 
 
 def crew(model: Model) -> tuple[int, int]:
@@ -92,7 +97,7 @@ def _layer_bytes(model: Model) -> int:
     return 4 * (weights + moments)
 
 
-def _solve(work: Work, index: int) -> float:
+def solve_layer(work: Work, index: int) -> float:
     """Solve a layer from statistics, write it, and tell its error."""
     layer = read_layer(work.model, index, work.scheme_of)
     if work.statistics is not None:

@@ -48,13 +48,14 @@ class Factor:
     """What GPTQ needs of a moment, shared by every weight with these inputs.
 
     root: R `[in, in]`, upper triangular, with H + damping = R·Rᵀ, rows and columns in `order`; dead: inputs that were
-    always 0.
+    always 0. damping: as in the options, or what it was raised to; added: that times the mean.
     """
 
     root: torch.Tensor
     order: torch.Tensor
     dead: torch.Tensor
     damping: float
+    added: float
 
     @cached_property
     def upper(self) -> torch.Tensor:
@@ -85,7 +86,7 @@ def factor(moment: torch.Tensor, options: GptqOptions = GptqOptions()) -> Factor
         diagonal += damping * mean - added
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
-            return Factor(lower.flip(0, 1), order, dead, damping)
+            return Factor(lower.flip(0, 1), order, dead, damping, damping * mean)
         added = damping * mean
         damping *= 10
     raise AssertionError("a positive semidefinite matrix with ten million times its mean added is not definite")
@@ -115,22 +116,25 @@ def gptq(
     shared = shared or factor(moment, options)
     alive = torch.where(shared.dead, 0.0, weight)
     grid = grid or fit(alive, scheme, options.fit, moment=moment, minimum=minimum)
-    codes = _solve(alive, grid, shared)
+    codes, lost = _solve(alive, grid, shared)
     if options.polish:
-        damped = moment + shared.damping * _mean(moment) * torch.eye(len(moment))
+        damped = moment + shared.added * torch.eye(len(moment))
         grid, codes = polish(alive, grid, codes, damped, options.polish)
-    return quantised(grid, codes, weight, moment)
+        return quantised(grid, codes, weight, moment)
+    return quantised(grid, codes, weight, moment, lost)
 
 
-def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> torch.Tensor:
-    """The codes `[out, in]`. Works on the transpose, where a column of the weight is contiguous.
+def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> tuple[torch.Tensor, float]:
+    """The codes `[out, in]`, and ‖ΔW·X‖². Works on the transpose, where a column of the weight is contiguous.
 
     What column j is to be rounded from is the weight plus Σ_{k<j} (w_k − q_k)·R_kj / R_jj: the paper's rest, without
-    an inverse (Chee et al. 2023, arXiv 2307.13304, theorem 6).
+    an inverse (Chee et al. 2023, arXiv 2307.13304, theorem 6). What it is then off by, times R_jj, is what the column
+    adds to the root of ‖ΔW·R‖².
     """
     target = weight.T[shared.order]
     feedback = shared.root / shared.root.diagonal()
-    order, columns = shared.order.tolist(), Column(grid)
+    pivots = shared.root.diagonal()[:, None]
+    order, columns, lost = shared.order.tolist(), Column(grid), 0.0
     changes, units = torch.empty_like(target), torch.empty_like(target)
     for start in range(0, len(target), BLOCK):
         block = slice(start, start + BLOCK)
@@ -141,6 +145,9 @@ def _solve(weight: torch.Tensor, grid: Grid, shared: Factor) -> torch.Tensor:
             value = columns.nearest(column, order[start + i], unit)
             torch.sub(exact, value, out=change)
             rest[i + 1 :].addr_(back[i][i + 1 :], change)
+        off = rest.sub_(target[block]).add_(changes[block]).mul_(pivots[block])
+        lost += float(off.square_().sum())
+    lost -= float(((shared.added + shared.dead[shared.order].float()) @ changes.square_()).sum())
     codes = torch.empty_like(units)
     codes[shared.order] = units
-    return columns.codes(codes).T.contiguous()
+    return columns.codes(codes).T.contiguous(), max(0.0, lost)

@@ -288,8 +288,16 @@ def _energy(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def quantised(grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor | None = None) -> Quantised:
+def quantised(
+    grid: Grid,
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    moment: torch.Tensor | None = None,
+    lost: float | None = None,
+) -> Quantised:
     """The result that a method returns: codes as a GroupedTensor, values, and the error against `weight`.
+
+    `lost` is ‖ΔW·X‖², where the method knows it.
 
     An asymmetric tensor with whole zero points has the scale type float32, as `quant.rounding` has it: its minima need
     more bits than its scales.
@@ -303,4 +311,7 @@ def quantised(grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment: tor
         if grid.zero is not None:
             scheme = replace(scheme, scale_type="float32")
     tensor = GroupedTensor(scheme, codes.to(torch.uint8).numpy(), np.ascontiguousarray(grid.scale.numpy()), minimum)
-    return Quantised(tensor, values, output_error(weight, values, moment))
+    if lost is None or moment is None:
+        return Quantised(tensor, values, output_error(weight, values, moment))
+    whole = float(_energy(weight, moment))
+    return Quantised(tensor, values, lost / whole if whole > 0 else 0.0)
