@@ -1,11 +1,13 @@
 """Recipes beside each other, and beside llm-compressor's: perplexity, KL, seconds and memory of a whole run each.
 
-    python -m benchmarks.quantise [--recipes NAME,...] [--peer PYTHON] [--rounds N] [--output FILE]
+    python -m benchmarks.quantise [--recipes NAME,...] [--peer PYTHON] [--cached] [--rounds N] [--output FILE]
 
 The model is the demo's weights as bfloat16 (`benchmarks.dense_folder`); beside that folder lie `calibration.txt` and
 `held_out.txt`. Every run is a process of its own, its memory the highest that the system saw of it; the first one
 calibrates, the others find the statistics. With `--peer`, an environment that has llm-compressor, its GPTQ runs in
-turn with ours, and what it wrote is measured by our engine too. Nothing else should be running.
+turn with ours, and what it wrote is measured by our engine too. With
+`--cached`, only times: GPTQ from nothing, then again and with other bits on the statistics that it left, and their
+share of the first. Nothing else should be running.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ def main() -> None:
     asked = arguments()
     model = dense_folder()
     with tempfile.TemporaryDirectory(dir=DEFAULT.parent, prefix="quantise-") as work:
+        if asked.cached:
+            print(json.dumps(cached(model, Path(work), asked.rounds), indent=2))
+            return
         rows = [row for name in asked.recipes for row in [ours(model, name, Path(work), asked)]]
         if asked.peer:
             rows += in_turn(model, Path(work), asked)
@@ -72,7 +77,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
     parser.add_argument("--peer", help="Python of an environment with llm-compressor")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of us and the peer")
+    parser.add_argument("--cached", action="store_true", help="time a second scheme on known statistics, and no more")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of us and the peer, or of --cached")
     parser.add_argument("--eval-windows", type=int, default=None)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -80,6 +86,14 @@ def arguments() -> argparse.Namespace:
 
 def ours(model: Path, name: str, work: Path, asked: argparse.Namespace, *, anew: bool = False) -> dict[str, Any]:
     """One recipe: compressed, and measured against the original on the text that was held out."""
+    row = compressed(model, name, work, anew=anew)
+    row |= quality(model, work / "ours", asked)
+    print(line(row), file=sys.stderr, flush=True)
+    return row
+
+
+def compressed(model: Path, name: str, work: Path, *, anew: bool) -> dict[str, Any]:
+    """One recipe: seconds, stages, memory. `anew`: with no statistics there."""
     out, home = work / "ours", work / ("anew" if anew else "home")
     values = {**BASE, **RECIPES[name]}
     values["calibration"] = {**BASE["calibration"], "source": str(DEFAULT.parent / "calibration.txt")}  # type: ignore[dict-item]
@@ -90,10 +104,21 @@ def ours(model: Path, name: str, work: Path, asked: argparse.Namespace, *, anew:
     home.mkdir(exist_ok=True)
     argv = [*MIAOTUI, "compress", str(model), "--recipe", str(work / "recipe.yaml"), "-o", str(out), "--json"]
     seconds, peak, printed = run(argv, {"MIAOTUI_HOME": str(home)})
-    stages = json.loads(printed)["seconds"]
-    row = {"name": name, "seconds": seconds, "peak_bytes": peak, "stages": stages, **quality(model, out, asked)}
-    print(line(row), file=sys.stderr, flush=True)
-    return row
+    return {"name": name, "seconds": seconds, "peak_bytes": peak, "stages": json.loads(printed)["seconds"]}
+
+
+def cached(model: Path, work: Path, rounds: int) -> dict[str, Any]:
+    """Whole processes: GPTQ from nothing, then on its statistics; medians, and the share that a second scheme takes."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        shutil.rmtree(work / "home", ignore_errors=True)
+        for label, name in (("from nothing", "gptq"), ("again", "gptq"), ("second scheme", "gptq w3")):
+            row = compressed(model, name, work, anew=False)
+            print(f"{label:14} {row['seconds']:6.1f} s  {row['stages']}", file=sys.stderr, flush=True)
+            rows.setdefault(label, []).append(row)
+    seconds = {label: statistics.median(row["seconds"] for row in found) for label, found in rows.items()}
+    share = {label: round(value / seconds["from nothing"], 3) for label, value in seconds.items()}
+    return {"seconds": seconds, "share": share, "rows": rows}
 
 
 MIAOTUI = [sys.executable, "-m", "miaotui"]
