@@ -74,6 +74,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--keep", action="store_true")
     asked = parser.parse_args()
+    if asked.folder:
+        asked.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.folder) as work:
         here = Path(work)
         model = (asked.folder or here) / f"shape-7b-{asked.layers}"

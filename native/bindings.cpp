@@ -88,7 +88,7 @@ std::shared_ptr<PackedWeight> gguf_weight(Pool& pool, Heap& heap, Array2<uint8_t
 
 std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Heap& heap, Array2<uint8_t> codes, Array2<float> scale,
                                              std::optional<Array2<float>> minimum, int bits, int group,
-                                             const std::string& scale_type) {
+                                             const std::string& scale_type, bool by_token) {
   const int n = static_cast<int>(codes.shape(0)), k = static_cast<int>(codes.shape(1));
   const size_t groups = static_cast<size_t>((k + group - 1) / group);
   if (scale.shape(0) != codes.shape(0) || scale.shape(1) != groups)
@@ -97,13 +97,15 @@ std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Heap& heap, Array2<uint
     throw std::invalid_argument("minimum of a wrong shape");
   const ScaleType type = scale_type_named(scale_type);
   nb::gil_scoped_release release;
-  return std::make_shared<PackedWeight>(pack_grouped(pool, heap, codes.data(), scale.data(),
-                                                     minimum ? minimum->data() : nullptr, bits, group, type, n, k));
+  auto packed = std::make_shared<PackedWeight>(pack_grouped(
+      pool, heap, codes.data(), scale.data(), minimum ? minimum->data() : nullptr, bits, group, type, n, k));
+  packed->view.by_token = by_token;
+  return packed;
 }
 
-// (code, scale type, minima, rows, width, padded width, fold, folds a group, groups): with the panels'
+// (code, scale type, minima, rows, width, padded width, fold, folds a group, groups, input by token): with the panels'
 // bytes all that there is to a weight.
-using Form = std::tuple<int, int, bool, int, int, int, int, int, int>;
+using Form = std::tuple<int, int, bool, int, int, int, int, int, int, bool>;
 
 Form form_of(const PackedWeight& packed) {
   const Weight& w = packed.view;
@@ -115,14 +117,15 @@ Form form_of(const PackedWeight& packed) {
           w.k_pad,
           w.fold,
           w.folds_per_group,
-          w.groups};
+          w.groups,
+          w.by_token};
 }
 
 std::shared_ptr<PackedWeight> mapped_weight(const Form& form, nb::object array) {
   const auto bytes = nb::cast<Array1<uint8_t>>(array);
   Weight w;
   int code, scale_type;
-  std::tie(code, scale_type, w.has_min, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups) = form;
+  std::tie(code, scale_type, w.has_min, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups, w.by_token) = form;
   const bool sound = code >= 0 && code <= static_cast<int>(Code::INT8) && scale_type >= 0 && scale_type <= 2 &&
                      w.n > 0 && w.k > 0 && w.k_pad >= w.k && w.k_pad % 32 == 0 && (w.fold == 16 || w.fold == 32) &&
                      w.folds_per_group > 0 && w.groups >= 0;
@@ -247,6 +250,10 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   op->handed = handed;
   bool integer = quantised;
   for (const auto& weight : weights) integer = integer && weight->view.integer();
+  op->by_token = weights[0]->view.by_token;
+  for (const auto& weight : weights)
+    if (weight->view.by_token != op->by_token) throw std::invalid_argument("parts whose inputs are coded differently");
+  if (handed && op->by_token) throw std::invalid_argument("what is handed on is quantised by groups");
   if ((hands_on || handed) && (!integer || perm || of_logits))
     throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
@@ -273,6 +280,10 @@ void record_experts(Program& program, const Place& x, const Place& router, const
   op->x = buffer_at(program, x), op->router = buffer_at(program, router);
   op->add = buffer_at(program, add), op->out = buffer_at(program, out);
   op->top_k = top_k, op->normalise = normalise, op->quantised = quantised;
+  op->by_token = op->gate[0]->by_token;
+  for (const auto* group : {&op->gate, &op->up, &op->down})
+    for (const Weight* weight : *group)
+      if (weight->by_token != op->by_token) throw std::invalid_argument("experts whose inputs are coded differently");
   op->act = act_named(act);
   program.add(std::move(op));
 }
@@ -372,8 +383,9 @@ NB_MODULE(_native, module) {
       .def_static("dense", &dense_weight, "pool"_a, "heap"_a, "data"_a, "type"_a)
       .def_static("gguf", &gguf_weight, "pool"_a, "heap"_a, "rows"_a, "kind"_a, "width"_a)
       .def_static("grouped", &grouped_weight, "pool"_a, "heap"_a, "codes"_a, "scale"_a, "minimum"_a.none(), "bits"_a,
-                  "group"_a, "scale_type"_a)
+                  "group"_a, "scale_type"_a, "by_token"_a)
       .def_static("mapped", &mapped_weight, "form"_a, "data"_a, "Over bytes that were packed before; they stay mapped.")
+      .def_prop_ro("by_token", [](const PackedWeight& packed) { return packed.view.by_token; })
       .def_prop_ro("form", &form_of)
       .def_prop_ro("raw", [](nb::handle self) { return raw_bytes(self); })
       .def("dequantise", &dequantised, "The exact values, float32 [out, in].")

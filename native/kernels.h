@@ -32,6 +32,7 @@ struct Weight {
   int fold = 32;  // elements between two foldings of the integer sum into float: 16 or 32
   int folds_per_group = 1;
   int groups = 0;
+  bool by_token = false;  // its input is quantised with one scale a row, as the checkpoint says, not by groups of 32
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const uint8_t* mins = nullptr;
@@ -40,12 +41,16 @@ struct Weight {
 
   bool integer() const { return code == Code::INT4 || code == Code::INT8; }
   int zero() const { return has_min ? 0 : code == Code::INT4 ? 8 : 128; }
+  bool whole_rows() const { return groups == 1 && fold == 32 && !has_min; }
 };
 
-// Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127].
+// Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127]. By token, all groups of a row
+// have the row's scale.
 // Rows lie in the tiles in which a kernel takes them (12 at a time, then what is left): a tile of M rows that begins at
 // row t is [groups of 32][M][32] at q + t * k_pad, and its other arrays likewise, so that a kernel walks one stream.
-// Sums are kept because a weight's zero point multiplies them, and sum * scale because a minimum does.
+// Sums are kept because a weight's zero point multiplies them, and sum * scale because a minimum does; that of the
+// whole row for INT8 weights with one scale a row, whose integers need no folding when the row's input has one scale
+// too.
 struct QuantRows {
   int8_t* q = nullptr;         // [groups][M][32]
   float* scale = nullptr;      // [groups][M]
@@ -53,15 +58,17 @@ struct QuantRows {
   float* total32 = nullptr;    // [groups][M]: scale * sum
   int32_t* minus16 = nullptr;  // [2 * groups][M]: the same over 16
   float* total16 = nullptr;
+  int32_t* minus_row = nullptr;  // [M]: -128 * sum of the row's q
   int k_pad = 0;
   int rows = 0;
 
   // The rows that begin at `row`, on a tile's border, as rows of their own.
   QuantRows from(int row, int count) const {
     const size_t r = static_cast<size_t>(row), g = r * static_cast<size_t>(k_pad / 32);
-    return {q + r * k_pad, scale + g, minus32 + g, total32 + g, minus16 + 2 * g, total16 + 2 * g, k_pad, count};
+    return {q + r * k_pad,   scale + g,     minus32 + g, total32 + g, minus16 + 2 * g,
+            total16 + 2 * g, minus_row + r, k_pad,       count};
   }
-  static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 28; }
+  static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 28 + 4; }
 };
 
 // What happens to a result on its way out: out = softcap((result + bias) * scale + add).
@@ -96,8 +103,8 @@ struct Kernels {
   // out[0..n) = norm(x) * weight (+ bias) (+ add), float32 throughout.
   void (*norm)(const float* x, const float* weight, const float* bias, const float* add, float eps, int n, bool layer,
                float* out);
-  // x [k] becomes row `row` of `to`, its padding zero.
-  void (*quantise)(const float* x, int k, const QuantRows& to, int row);
+  // x [k] becomes row `row` of `to`, its padding zero; with one scale for the whole row, or one for every 32.
+  void (*quantise)(const float* x, int k, const QuantRows& to, int row, bool by_token);
   // out = act(gate) * up; up may be null.
   void (*activate)(const float* gate, const float* up, int n, Act act, float* out);
   // Row `row` of the weight as float32, times `factor`.

@@ -60,7 +60,13 @@ struct IntTile {  // one panel against M rows
   const uint8_t* scales;
   const uint8_t* mins;
   const Weight* weight;
+  const uint8_t* ahead;  // of the next panel's codes: what a tile of many rows asks for meanwhile,
+  int ahead_lines;       // so many lines for each fold of 32 inputs
 };
+
+MIAOTUI_INLINE void prefetch_lines(const uint8_t*& ahead, int lines) {
+  for (int i = 0; i < lines; ++i, ahead += 64) prefetch(ahead);
+}
 
 template <Code CODE, int FOLD, int M>
 MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a) {
@@ -93,7 +99,7 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   const int8_t* a = rows.q;
   const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
-  const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins;
+  const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins, *ahead = tile.ahead;
   F16x acc[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) acc[m] = zero();
@@ -111,6 +117,8 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
       for (size_t i = 0; i < code_step; i += 64) prefetch(codes + kCodesAhead + i);
       prefetch(scales + kCodesAhead / 8);
       if constexpr (MIN) prefetch(mins + kCodesAhead / 8);
+    } else {
+      prefetch_lines(ahead, tile.ahead_lines);
     }
     const F16x scale = load_scale(scales, type);
 #pragma GCC unroll 16
@@ -128,18 +136,52 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   for (int m = 0; m < M; ++m) store(out + m * 16, acc[m]);
 }
 
+// INT8 weights with one scale a row and input rows with one scale each: integers to the end. A few rows have several
+// sums each, since one alone would wait for itself; the order of integer sums is nobody's concern.
+template <int M>
+__attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& rows, float* out) {
+  constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : M <= 4 ? 2 : 1;
+  const Weight& w = *tile.weight;
+  const uint8_t *codes = tile.codes, *ahead = tile.ahead;
+  const int8_t* a = rows.q;
+  I16x sum[kSums][M];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[i][m] = i ? isplat(0) : isplat_at(rows.minus_row + m);
+  for (int k = 0; k < w.k_pad; k += 32, codes += 512, a += M * 32) {
+    if constexpr (M > kStreaming) prefetch_lines(ahead, tile.ahead_lines);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const Bytes line = load_bytes(codes + i * 64);
+      if constexpr (M <= kStreaming) prefetch(codes + kCodesAhead + i * 64);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[i % kSums][m] = dot4<true>(sum[i % kSums][m], line, a + m * 32 + i * 4);
+    }
+  }
+  const F16x scale = load_scale(tile.scales, w.scale_type);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int i = 1; i < kSums; ++i) sum[0][m] = iadd(sum[0][m], sum[i][m]);
+    store(out + m * 16, mul(to_float(sum[0][m]), mul(scale, splat(rows.scale[m]))));
+  }
+}
+
+template <Code CODE, int M>
+MIAOTUI_INLINE void int_tile_of(const IntTile& t, const QuantRows& rows, float* out) {
+  const Weight& w = *t.weight;
+  const bool wide = w.fold == 32;
+  if (w.has_min) return wide ? int_tile<CODE, true, 32, M>(t, rows, out) : int_tile<CODE, true, 16, M>(t, rows, out);
+  return wide ? int_tile<CODE, false, 32, M>(t, rows, out) : int_tile<CODE, false, 16, M>(t, rows, out);
+}
+
 template <int M>
 MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float* out) {
   const Weight& w = *t.weight;
-  const bool wide = w.fold == 32;
-  if (w.code == Code::INT4) {
-    if (w.has_min)
-      return wide ? int_tile<Code::INT4, true, 32, M>(t, rows, out) : int_tile<Code::INT4, true, 16, M>(t, rows, out);
-    return wide ? int_tile<Code::INT4, false, 32, M>(t, rows, out) : int_tile<Code::INT4, false, 16, M>(t, rows, out);
-  }
-  if (w.has_min)
-    return wide ? int_tile<Code::INT8, true, 32, M>(t, rows, out) : int_tile<Code::INT8, true, 16, M>(t, rows, out);
-  return wide ? int_tile<Code::INT8, false, 32, M>(t, rows, out) : int_tile<Code::INT8, false, 16, M>(t, rows, out);
+  if (w.code == Code::INT4) return int_tile_of<Code::INT4, M>(t, rows, out);
+  if (w.by_token && w.whole_rows()) return row_tile<M>(t, rows, out);
+  return int_tile_of<Code::INT8, M>(t, rows, out);
 }
 
 // How many of the `left` rows the next tile takes; a rest of 5 goes as 4 + 1.
@@ -179,11 +221,20 @@ MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
   }
 }
 
-inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, float* out) {
-  const IntTile tile{w.codes + panel * w.panel_bytes, w.scales + panel * w.panel_scale_bytes,
-                     w.mins + panel * w.panel_scale_bytes, &w};
+// The first time that rows meet a panel, they ask for the next one: its codes come from memory.
+inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, bool first, float* out) {
+  const uint8_t* codes = w.codes + panel * w.panel_bytes;
+  const int lines = w.code == Code::INT4 ? 4 : 8, tiles = first ? (count >= 2 * kMaxTile ? 2 : 1) : 0;
+  IntTile tile{codes,
+               w.scales + panel * w.panel_scale_bytes,
+               w.mins + panel * w.panel_scale_bytes,
+               &w,
+               codes + w.panel_bytes,
+               tiles ? lines / tiles : 0};
   for_tiles(count, [&](auto m, int r) {
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
+    tile.ahead += w.panel_bytes / 2;
+    if (r + decltype(m)::value >= tiles * kMaxTile) tile.ahead_lines = 0;
   });
 }
 
@@ -388,8 +439,8 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
       const int rows = args.rows - row < chunk ? args.rows - row : chunk;
       const QuantRows quant = args.quant.from(row, rows);
       for (int panel = begin; panel < end; ++panel) {
-        int_panel(w, panel, quant, rows, result);
-        if (args.up) int_panel(*args.up, panel, quant, rows, up);
+        int_panel(w, panel, quant, rows, row == 0, result);
+        if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, up);
         if (!args.handed) {
           finish(args, panel, row, rows, result, args.up ? up : nullptr);
           continue;
@@ -485,13 +536,37 @@ inline void norm(const float* x, const float* weight, const float* bias, const f
   });
 }
 
-// Dynamic int8, symmetric, per 32 elements: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)).
-inline void quantise(const float* x, int k, const QuantRows& to, int row) {
+inline float most_of(const float* x, int n) {
+  F16x most = zero();
+  lanes_of(n, [&](int i, int m) { most = max(most, abs(load_n(x + i, m))); });
+  return reduce_max(most);
+}
+
+// One group of at most 32 whose largest value is given; returns the sum of its codes.
+MIAOTUI_INLINE int32_t quantise_group(const float* x, int left, float most, const QuantRows& tile, int g, int m,
+                                      int row) {
+  F16x a = load_n(x, left >= 16 ? 16 : left < 0 ? 0 : left);
+  F16x b = left > 16 ? load_n(x + 16, left >= 32 ? 16 : left - 16) : zero();
+  round_group(most, a, b);
+  const float low = reduce_add(a), high = reduce_add(b);
+  put_group(tile, g, m, row, most, a, b, low, high);
+  return static_cast<int32_t>(low + high);
+}
+
+// Dynamic int8, symmetric: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)), per 32 elements or by token.
+inline void quantise(const float* x, int k, const QuantRows& to, int row, bool by_token) {
   int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
   while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
   const QuantRows tile = to.from(begin, m);
   row -= begin;
   const int groups = to.k_pad / 32, whole = k / 32;
+  if (by_token) {
+    const float most = most_of(x, k);
+    int32_t sum = 0;
+    for (int g = 0; g < groups; ++g) sum += quantise_group(x + g * 32, k - g * 32, most, tile, g, m, row);
+    tile.minus_row[row] = -128 * sum;
+    return;
+  }
   int g = 0;
   for (; g + 4 <= whole; g += 4) {
     F16x a[4], b[4];
@@ -503,12 +578,9 @@ inline void quantise(const float* x, int k, const QuantRows& to, int row) {
     for (int i = 0; i < 4; ++i) put_group(tile, g + i, m, row, most[i], a[i], b[i], low[i], high[i]);
   }
   for (; g < groups; ++g) {
+    const float* at = x + g * 32;
     const int left = k - g * 32;
-    F16x a = load_n(x + g * 32, left >= 16 ? 16 : left < 0 ? 0 : left);
-    F16x b = left > 16 ? load_n(x + g * 32 + 16, left >= 32 ? 16 : left - 16) : zero();
-    const float most = reduce_max(max(abs(a), abs(b)));
-    round_group(most, a, b);
-    put_group(tile, g, m, row, most, a, b, reduce_add(a), reduce_add(b));
+    quantise_group(at, left, most_of(at, left < 0 ? 0 : left < 32 ? left : 32), tile, g, m, row);
   }
 }
 

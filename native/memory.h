@@ -46,15 +46,9 @@ class Memory {
 #endif
   }
   ~Memory() { release(); }
-  Memory(Memory&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
-    other.data_ = nullptr, other.bytes_ = 0;
-  }
+  Memory(Memory&& other) noexcept { swap(other); }
   Memory& operator=(Memory&& other) noexcept {
-    if (this != &other) {
-      release();
-      data_ = other.data_, bytes_ = other.bytes_;
-      other.data_ = nullptr, other.bytes_ = 0;
-    }
+    Memory(std::move(other)).swap(*this);
     return *this;
   }
   Memory(const Memory&) = delete;

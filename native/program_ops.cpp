@@ -30,7 +30,8 @@ PreparedRows PreparedRows::in(uint8_t* memory, int rows, int k_pad, bool floats,
     const size_t groups = n * (k / 32);
     float* f = reinterpret_cast<float*>(memory + n * k);
     int32_t* i = reinterpret_cast<int32_t*>(f + 4 * groups);
-    to.quant = {reinterpret_cast<int8_t*>(memory), f, i, f + groups, i + groups, f + 2 * groups, k_pad, rows};
+    to.quant = {
+        reinterpret_cast<int8_t*>(memory), f, i, f + groups, i + groups, f + 2 * groups, i + 3 * groups, k_pad, rows};
   }
   return to;
 }
@@ -129,7 +130,7 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
       std::memcpy(kept, x, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + padded, 0.0f);
     }
-    if (any_integer()) c.kernels->quantise(x, k, to.quant, t);
+    if (any_integer()) c.kernels->quantise(x, k, to.quant, t, by_token);
   }
 }
 
@@ -323,7 +324,7 @@ void ExpertsOp::prepare(const Context& c, const Work& w, const PreparedRows& to,
       float* kept = const_cast<float*>(to.x) + i * to.x_stride;
       std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + to.x_stride, 0.0f);
-      c.kernels->quantise(row, k, quant, i - begin);
+      c.kernels->quantise(row, k, quant, i - begin, by_token);
     }
   }
 }

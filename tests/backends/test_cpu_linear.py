@@ -11,7 +11,10 @@ from miaotui.backends.cpu.weights import Matrix, matrix
 from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
-KINDS = ["float32", "float16", "bfloat16", "w4g32", "w4g64-min", "w4g128", "w8g32", "w8channel", "w3g16", "w6g16-min"]
+KINDS = [
+    "float32", "float16", "bfloat16", "w4g32", "w4g64-min", "w4g128", "w8g32", "w8channel", "w3g16", "w6g16-min",
+    "w8channel-token", "w4g64-token", "w8g16-token",
+]  # fmt: skip
 SHAPES = [(16, 32), (48, 64), (37, 96), (5, 20), (130, 576), (64, 1536)]
 ISAS = _native.isas()
 
@@ -32,13 +35,13 @@ def stored(kind: str, n: int, k: int, rng: np.random.Generator) -> Tensor:
     codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
     scale = (rng.random((n, groups)) * 0.1 + 0.01).astype(np.float16).astype(np.float32)
     minimum = None if scheme.symmetric else rng.standard_normal((n, groups)).astype(np.float16).astype(np.float32)
-    return GroupedTensor(scheme, codes, scale, minimum)
+    return GroupedTensor(scheme, codes, scale, minimum, by_token=kind.endswith("-token"))
 
 
-def quantised(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """int8 per 32 neighbours, as the fast path sees x."""
+def quantised(x: NDArray[np.float32], by_token: bool) -> NDArray[np.float64]:
+    """int8 per 32 neighbours, or by token, as the fast path sees x."""
     width = x.shape[1]
-    groups = np.pad(x, ((0, 0), (0, -width % 32))).reshape(x.shape[0], -1, 32)
+    groups = x[:, None] if by_token else np.pad(x, ((0, 0), (0, -width % 32))).reshape(x.shape[0], -1, 32)
     most = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.where(most > 0, np.float32(127) / np.where(most > 0, most, 1), 0).astype(np.float32)
     codes = np.rint(groups * inverse).astype(np.float64)
@@ -97,7 +100,7 @@ def test_linear_equals_its_twin(isa: str, kind: str, compute: str) -> None:
     for (n, k), rows in zip(SHAPES, [1, 2, 5, 13, 61, 7], strict=True):
         tensor, x = stored(kind, n, k, rng), rng.standard_normal((rows, k)).astype(np.float32)
         exact = compute == "fp32" or isinstance(tensor, DenseTensor)
-        seen = x.astype(np.float64) if exact else quantised(x)
+        seen = x.astype(np.float64) if exact else quantised(x, kind.endswith("-token"))
         want = seen @ tensor.dense32().astype(np.float64).T
         got = LinearProgram(isa, x, packed(tensor), quantised=compute == "auto").run()
         bound = np.abs(seen) @ np.abs(tensor.dense32().astype(np.float64)).T

@@ -256,8 +256,32 @@ def test_int_quantized_per_channel_with_dynamic_activations(tmp_path: Path) -> N
     checkpoint = open_checkpoint(write_folder(tmp_path, {"m.weight": weight, "m.weight_scale": scale}, config))
     read = checkpoint.tensor("m.weight")
     assert isinstance(read, GroupedTensor)
+    assert read.by_token
     assert str(read.scheme) == "w8-channel-sym"
     np.testing.assert_array_equal(read.dense32(), weight.astype(np.float32) * scale.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("named", "static", "expected"),
+    [(["re:.*down$"], False, (True, False)), (["x.down"], False, (True, False)), (["other"], False, (True, True)),
+     ([], True, (False, False))],
+)  # fmt: skip
+def test_whose_inputs_are_coded_by_token(
+    tmp_path: Path, named: list[str], static: bool, expected: tuple[bool, bool]
+) -> None:
+    """A group that names a module goes before the one of its class; scales known beforehand are not ours."""
+    inputs = {"num_bits": 8, "type": "int", "strategy": "tensor" if static else "token", "dynamic": not static}
+    config = compressed_config("int-quantized", num_bits=8, strategy="channel", group_size=None)
+    groups = config["config_groups"]
+    groups["group_1"] = {**groups["group_0"], "targets": named}
+    groups["group_0"] = {**groups["group_0"], "input_activations": inputs}
+    parts: dict[str, Any] = {}
+    for name in ("x.up", "x.down"):
+        parts[f"{name}.weight"] = np.ones((4, 24), np.int8)
+        parts[f"{name}.weight_scale"] = np.ones((4, 1), np.float32)
+    checkpoint = open_checkpoint(write_folder(tmp_path, parts, config))
+    read = [checkpoint.tensor(f"{name}.weight") for name in ("x.up", "x.down")]
+    assert tuple(isinstance(tensor, GroupedTensor) and tensor.by_token for tensor in read) == expected
 
 
 def test_g_idx(tmp_path: Path) -> None:

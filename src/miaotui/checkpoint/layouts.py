@@ -7,8 +7,9 @@ that would change the mathematics and is not understood.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -20,7 +21,7 @@ from miaotui.errors import UnsupportedModelError
 from miaotui.quant import pack
 from miaotui.quant.bitmask import Bitmask, from_bitmask
 from miaotui.quant.scheme import QuantScheme, ScaleType
-from miaotui.quant.tensor import DenseTensor, DenseType, Tensor
+from miaotui.quant.tensor import DenseTensor, DenseType, GroupedTensor, Tensor
 
 Pieces = Mapping[str, tuple[str, NDArray[Any]]]
 """A weight's stored parts: suffix to (safetensors type, array)."""
@@ -49,8 +50,8 @@ class Layout(Protocol):
         """Weight name (`X.weight`) to its parts, suffix to stored name."""
         ...
 
-    def join(self, pieces: Pieces) -> Tensor:
-        """The weight that the parts are. Raises Mismatch when they do not fit together."""
+    def join(self, name: str, pieces: Pieces) -> Tensor:
+        """The weight `name` (`X.weight`) that the parts are. Raises Mismatch when they do not fit together."""
         ...
 
 
@@ -188,12 +189,14 @@ _DENSE: dict[str, DenseType] = {"F32": "float32", "F16": "float16", "BF16": "bfl
 class CompressedTensors:
     """`weight_packed` words or an int8 `weight`, `weight_scale`, and what may come with them.
 
-    `schemes` are those of the configuration's integer groups: which of them a module has is told by its shapes. What
-    says how activations or the KV cache may be coded (`input_scale`, `kv_cache_scheme`, `k_scale`, `v_scale`) is for
+    `schemes` are those of the configuration's integer groups: which of them a module has is told by its shapes.
+    `inputs` are the groups' targets, and whether their inputs are coded to int8 with one scale a token. What says how
+    activations or the KV cache may be coded otherwise (`input_scale`, `kv_cache_scheme`, `k_scale`, `v_scale`) is for
     engines that code them so; ours has its own ways (`--compute`, `--kv-cache-dtype`), and reads past it.
     """
 
     schemes: tuple[QuantScheme, ...]
+    inputs: tuple[tuple[tuple[str, ...], bool], ...] = ()
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> CompressedTensors:
@@ -211,7 +214,8 @@ class CompressedTensors:
         groups = config.get("config_groups")
         if not isinstance(groups, dict):
             _refuse("config_groups", groups)
-        return cls(tuple(scheme for name, group in groups.items() for scheme in _schemes(name, group)))
+        schemes = tuple(scheme for name, group in groups.items() for scheme in _schemes(name, group))
+        return cls(schemes, tuple((_targets(name, group), _by_token(group)) for name, group in groups.items()))
 
     def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         extras = (
@@ -228,19 +232,19 @@ class CompressedTensors:
                 found[weight] = parts
         return found
 
-    def join(self, pieces: Pieces) -> Tensor:
+    def join(self, name: str, pieces: Pieces) -> Tensor:
         if "weight_packed" in pieces:
-            return self._packed(pieces)
+            return self._with_inputs(name, self._packed(pieces))
         dtype, array = pieces["weight"]
         if dtype == "I8":
-            return self._bytes(pieces)
+            return self._with_inputs(name, self._bytes(pieces))
         if dtype == "F8_E4M3":
             return self._floats(pieces)
         if dtype in _DENSE:  # rounded, but stored as floats ("dense", "fakequant")
             return DenseTensor(_DENSE[dtype], array)
         raise Mismatch(f"its weight is {dtype}")
 
-    def _packed(self, pieces: Pieces) -> Tensor:
+    def _packed(self, pieces: Pieces) -> GroupedTensor:
         packed = _integers(pieces, "weight_packed", 2)
         shape = _integers(pieces, "weight_shape", 1, ("I64", "I32")).tolist()
         out, words = packed.shape
@@ -261,7 +265,7 @@ class CompressedTensors:
         perm = _permutation(g_idx, width, scale.shape[1], scheme.group_size)
         return pack.compressed_int4(packed, scale, zeros, scheme, width, perm)
 
-    def _bytes(self, pieces: Pieces) -> Tensor:
+    def _bytes(self, pieces: Pieces) -> GroupedTensor:
         """int-quantized: one int8 an element, also where the scheme has fewer bits."""
         weight = _integers(pieces, "weight", 2, ("I8",))
         out, width = weight.shape
@@ -277,6 +281,14 @@ class CompressedTensors:
             points = _integers(pieces, "weight_zero_point", pieces["weight_scale"][1].ndim, ("I8",))
             zeros = np.broadcast_to(points.reshape(-1, scale.shape[1]), scale.shape).astype(np.int32) + middle
         return pack.with_zero_points(scheme, codes, scale, zeros)
+
+    def _with_inputs(self, name: str, tensor: GroupedTensor) -> GroupedTensor:
+        """A target that names the module goes before one that names its class."""
+        module = name.removesuffix(".weight")
+        for targets, by_token in self.inputs:
+            if any(_names(target, module) for target in targets):
+                return replace(tensor, by_token=by_token)
+        return replace(tensor, by_token=any(by_token for targets, by_token in self.inputs if "Linear" in targets))
 
     def _floats(self, pieces: Pieces) -> Tensor:
         """float-quantized: one e4m3 an element, a scale for each row."""
@@ -317,6 +329,29 @@ def _schemes(name: str, group: Any) -> list[QuantScheme]:
         _check_bytes(f"{where}.weights", weights, ("tensor", "channel"))
         return []
     return [_weight_scheme(f"{where}.weights", weights)]
+
+
+def _targets(name: str, group: dict[str, Any]) -> tuple[str, ...]:
+    targets = group.get("targets", [])
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        _refuse(f"config_groups.{name[:40]}.targets", targets)
+    return tuple(targets)
+
+
+def _names(target: str, module: str) -> bool:
+    """A module's name, or a pattern for its beginning."""
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error:
+        _refuse("targets", target)
+
+
+def _by_token(group: dict[str, Any]) -> bool:
+    """Whether inputs are coded to int8 as they come, with a scale for each token."""
+    args = group.get("input_activations") or {}
+    return args.get("type", "int") == "int" and bool(args.get("dynamic")) and args.get("strategy") == "token"
 
 
 def _check_bytes(where: str, args: Any, strategies: tuple[str, ...]) -> None:
@@ -362,7 +397,7 @@ class SparseBitmask:
     def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         return _parts(entries, "bitmask", ("compressed", "row_offsets", "shape"))
 
-    def join(self, pieces: Pieces) -> Tensor:
+    def join(self, name: str, pieces: Pieces) -> Tensor:
         mask, offsets = _integers(pieces, "bitmask", 2, ("U8",)), _integers(pieces, "row_offsets", 1, ("I64",))
         shape = _integers(pieces, "shape", 1, ("I64",)).tolist()
         if "compressed" not in pieces:
@@ -408,7 +443,7 @@ class Gptq:
     def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         return _parts(entries, "qweight", ("qzeros", "scales", "g_idx"))
 
-    def join(self, pieces: Pieces) -> Tensor:
+    def join(self, name: str, pieces: Pieces) -> Tensor:
         qweight, qzeros = _integers(pieces, "qweight", 2), _integers(pieces, "qzeros", 2)
         scale, kind = _scale(pieces, "scales")
         width, out = qweight.shape[0] * 32 // self.bits, qweight.shape[1]
@@ -440,7 +475,7 @@ class Awq:
     def find(self, entries: Mapping[str, Stored]) -> dict[str, dict[str, str]]:
         return _parts(entries, "qweight", ("qzeros", "scales"))
 
-    def join(self, pieces: Pieces) -> Tensor:
+    def join(self, name: str, pieces: Pieces) -> Tensor:
         qweight, qzeros = _integers(pieces, "qweight", 2), _integers(pieces, "qzeros", 2)
         scale, kind = _scale(pieces, "scales")
         width, out = qweight.shape[0], qweight.shape[1] * 8

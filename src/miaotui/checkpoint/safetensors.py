@@ -166,7 +166,7 @@ class SafetensorsCheckpoint:
             assert self._layout is not None
             arrays = {piece: self._piece(raw) for piece, raw in parts.items()}
             try:
-                return self._layout.join(arrays)
+                return self._layout.join(name, arrays)
             except layouts.Mismatch as error:
                 raise CheckpointError(f"{self.path} has a damaged {name!r}: {error}.", files.AGAIN) from error
         if name not in self._where:

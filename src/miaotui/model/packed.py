@@ -25,7 +25,7 @@ from miaotui.checkpoint.demo import cache_folder
 from miaotui.checkpoint.write import atomic_file
 from miaotui.errors import CheckpointError
 
-LAYOUT = 2
+LAYOUT = 3
 """Changes with the kernels' panel layout (native/kernels.h)."""
 MAGIC = b"miaotui-packed-1"
 FOOTER = struct.Struct("<QQ16s")

@@ -76,6 +76,8 @@ class GroupedTensor:
     codes `[out, in]` uint8; scale and minimum `[out, groups]` float32, exactly representable in
     `scheme.scale_type`; minimum is None when the scheme is symmetric.
     `perm` (GPTQ's g_idx, activation order): column j of `codes` multiplies input element `perm[j]`; None = identity.
+    `by_token`: the checkpoint codes its input to int8 with one scale a token (w8a8); otherwise an engine that codes
+    inputs chooses how.
     """
 
     scheme: QuantScheme
@@ -83,6 +85,7 @@ class GroupedTensor:
     scale: NDArray[np.float32]
     minimum: NDArray[np.float32] | None = None
     perm: NDArray[np.int32] | None = None
+    by_token: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from miaotui.backends.cpu import _native
 from miaotui.backends.cpu.emit import Emitter, Place
 from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
 from miaotui.backends.cpu.ops import CpuOps
-from miaotui.backends.cpu.plan import fused, place, split_permutations
+from miaotui.backends.cpu.plan import fused, place, split_inputs
 from miaotui.backends.cpu.weights import WeightStore
 from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
 from miaotui.errors import UsageError
@@ -22,7 +22,8 @@ from miaotui.hardware import detect
 class CpuBackend:
     """Native kernels on `threads` threads (default: the physical cores this process may use).
 
-    compute "auto" multiplies integer weights with activations quantised to int8 per 32 elements; "fp32" computes
+    compute "auto" multiplies integer weights with activations quantised to int8, per 32 elements or,
+    where the checkpoint says so (w8a8), by token; "fp32" computes
     everything in float32, exactly as stored. `isa` names an instruction set of `_native.isas()` (default: the best).
     `beside` lends its threads: the two executors must never run at the same time.
     """
@@ -77,7 +78,7 @@ class CpuBackend:
             program.angles(np.ascontiguousarray(rope.inv_freq, dtype=np.float32), rope.factor, cos, sin)
             turns[rope] = (cos, sin)
         emitter = Emitter(program, places, turns, self.cache.type, self._quantised)
-        ops = split_permutations(nodes)
+        ops = split_inputs(nodes)
         for node, parts in ops:
             emitter.emit(node, parts)
         program.finish()

@@ -57,7 +57,7 @@ def _takes_handed(linear: Node) -> TypeGuard[LinearNode]:
         return False
     parts = linear.weight.parts
     plain = linear.norm is None and not linear.exact and not linear.output.of_logits
-    return plain and all(p.perm is None and p.packed.code in INTEGER for p in parts)
+    return plain and all(p.perm is None and p.packed.code in INTEGER and not p.packed.by_token for p in parts)
 
 
 def _takes(linear: LinearNode, activate: ActivateNode) -> bool:
@@ -66,12 +66,13 @@ def _takes(linear: LinearNode, activate: ActivateNode) -> bool:
     if not plain or not activate.gated:
         return plain
     parts = linear.weight.parts
-    return len(parts) == 2 and parts[0].height == parts[1].height and parts[0].perm is None and parts[1].perm is None
+    alike = len(parts) == 2 and parts[0].height == parts[1].height and _same_input(linear.weight, 0, 1)
+    return alike and parts[0].perm is None
 
 
-def split_permutations(nodes: list[Node]) -> list[tuple[Node, list[int]]]:
+def split_inputs(nodes: list[Node]) -> list[tuple[Node, list[int]]]:
     """Each node with the indices of the weight parts it multiplies: parts of one linear whose inputs come in
-    different orders (GPTQ's g_idx) become ops of their own, writing side by side."""
+    different orders (GPTQ's g_idx), or are coded differently, become ops of their own, writing side by side."""
     out: list[tuple[Node, list[int]]] = []
     for node in nodes:
         if not isinstance(node, LinearNode):
@@ -79,7 +80,7 @@ def split_permutations(nodes: list[Node]) -> list[tuple[Node, list[int]]]:
             continue
         groups: list[list[int]] = []
         for index in range(len(node.weight.parts)):
-            same = next((g for g in groups if _same_order(node.weight, g[0], index)), None)
+            same = next((g for g in groups if _same_input(node.weight, g[0], index)), None)
             if same is None:
                 groups.append([index])
             else:
@@ -88,7 +89,9 @@ def split_permutations(nodes: list[Node]) -> list[tuple[Node, list[int]]]:
     return out
 
 
-def _same_order(weight: Linear, a: int, b: int) -> bool:
+def _same_input(weight: Linear, a: int, b: int) -> bool:
+    if weight.parts[a].packed.by_token != weight.parts[b].packed.by_token:
+        return False
     p, q = weight.parts[a].perm, weight.parts[b].perm
     return (p is None and q is None) or (p is not None and q is not None and bool((p == q).all()))
 

@@ -81,7 +81,7 @@ def describe(tensor: Tensor) -> str:
         case DenseTensor():
             return f"{tensor.type} {shape}"
         case GroupedTensor():
-            return f"{tensor.scheme} {tensor.scheme.scale_type} {shape}"
+            return f"{tensor.scheme} {tensor.scheme.scale_type} {shape}{' by token' if tensor.by_token else ''}"
     raise AssertionError(f"no packing for {type(tensor).__name__}")
 
 
@@ -131,5 +131,6 @@ def matrix(pool: Pool, heap: Heap, tensor: Tensor) -> Matrix:
         tensor.scheme.bits,
         group,
         tensor.scheme.scale_type,
+        tensor.by_token,
     )
     return Matrix(packed, _order(tensor))

@@ -16,13 +16,14 @@ ACTIVATION_GROUP = 32
 class Matrix:
     """One stored matrix `[out, in]`, dequantised.
 
-    `integer` says that its stored form is integer codes, so that its input is quantised too on the fast path;
-    `perm` is the order in which those codes meet the input (None: as it comes).
+    `integer` says that its stored form is integer codes, so that its input is quantised too on the fast path, by token
+    if the checkpoint says so; `perm` is the order in which those codes meet the input (None: as it comes).
     """
 
     weight: torch.Tensor
     integer: bool
     perm: torch.Tensor | None = None
+    by_token: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +32,7 @@ class Matrix:
     def apply(self, x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
         """`x @ weight.T` in float32 for x `[rows, in]`, with x quantised first where the fast path would do so."""
         if quantise and self.integer:
-            x = quantise_activations(x, self.perm)
+            x = quantise_tokens(x) if self.by_token else quantise_activations(x, self.perm)
         return (x.to(self.weight.dtype) @ self.weight.T).float()
 
 
@@ -50,6 +51,12 @@ class Linear:
         columns = [part.apply(x, quantise=quantise) for part in self.parts]
         y = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         return y if self.bias is None else y + self.bias
+
+
+def quantise_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x `[rows, in]` as int8 with one scale a row, and back: s·q with s = absmax / 127, q to the nearest even."""
+    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    return torch.round(x / torch.where(scale == 0, 1.0, scale)) * scale
 
 
 def quantise_activations(x: torch.Tensor, perm: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,4 +86,5 @@ def matrix(tensor: Tensor, device: torch.device, half: bool) -> Matrix:
     weight = torch.from_numpy(tensor.dense32()).to(device=device, dtype=dtype)
     perm = tensor.perm if isinstance(tensor, GroupedTensor) else None
     order = None if perm is None else torch.from_numpy(perm).to(device=device, dtype=torch.int64)
-    return Matrix(weight, integer=not isinstance(tensor, DenseTensor), perm=order)
+    by_token = isinstance(tensor, GroupedTensor) and tensor.by_token
+    return Matrix(weight, integer=not isinstance(tensor, DenseTensor), perm=order, by_token=by_token)
