@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint import files, layouts
 from miaotui.checkpoint.files import MAX_HEADER, MappedFile, beside, damaged
+from miaotui.checkpoint.layout import Mismatch
 from miaotui.errors import CheckpointError, UnsupportedModelError
 from miaotui.quant.tensor import DenseTensor, DenseType, Tensor
 
@@ -167,7 +168,7 @@ class SafetensorsCheckpoint:
             arrays = {piece: self._piece(raw) for piece, raw in parts.items()}
             try:
                 return self._layout.join(name, arrays)
-            except layouts.Mismatch as error:
+            except Mismatch as error:
                 raise CheckpointError(f"{self.path} has a damaged {name!r}: {error}.", files.AGAIN) from error
         if name not in self._where:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.", files.AGAIN)
