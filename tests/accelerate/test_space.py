@@ -116,6 +116,18 @@ def test_fewer_bytes_promise_more() -> None:
     assert predictor.weight_bytes(cut) < predictor.weight_bytes(Candidate(Recipe(scheme="w8-sym")))
 
 
+def test_a_head_that_is_not_coded_is_multiplied_in_float32() -> None:
+    limits = replace(LIMITS, bandwidth=1e15)
+    predictor = Predictor(source(weight_bytes=2 * 10**6), limits)
+    kept, coded = (
+        predictor.figures(Candidate(Recipe(scheme="w4g32-sym", embedding=table, head=table)))["streams"]
+        for table in ("keep", "w8-sym")
+    )
+    spec = predictor.source.spec
+    operations = 2 * spec.vocab_size * spec.hidden_size
+    assert kept - coded >= operations * (1 / limits.fp32 - 1 / limits.int8)
+
+
 def test_a_slow_original_is_timed_by_less() -> None:
     assert fitted(lambda load: 1.0, 2.0, 4096) == Workload()
     less = fitted(lambda load: load.answer / 64, 1.0, 4096)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from miaotui.backends.ops import Attention
@@ -48,7 +50,7 @@ def test_a_decode_step() -> None:
     cost = Cost.of(make_spec(), weight_bytes=10_000, block_bytes=16 * 256, compute="auto")
     work = cost.step([10, 20])
     assert work.bytes == 10_000 + 256 * (9 + 19)
-    assert work.linear_operations == 2 * 2 * (2 * LAYER + HEAD)
+    assert (work.linear_operations, work.head_operations) == (2 * 2 * 2 * LAYER, 2 * 2 * HEAD)
     assert work.attention_operations == 2 * 4 * 4 * 8 * (10 + 20)
 
 
@@ -56,7 +58,7 @@ def test_a_prefill_step_and_a_window() -> None:
     cost = Cost.of(make_spec(window=4), weight_bytes=10_000, block_bytes=16 * 256, compute="auto")
     work = cost.step([6], new_tokens=6)
     assert work.bytes == 10_000
-    assert work.linear_operations == 2 * (6 * 2 * LAYER + HEAD)
+    assert (work.linear_operations, work.head_operations) == (2 * 6 * 2 * LAYER, 2 * HEAD)
     assert work.attention_operations == 2 * 4 * 4 * 8 * (1 + 2 + 3 + 4 + 4 + 4)
     assert cost.step([100]).bytes == 10_000 + 256 * 4
 
@@ -70,6 +72,9 @@ def test_the_slower_of_reading_and_computing_limits() -> None:
     one = integer.step([1])
     assert integer.seconds(one, LIMITS) == pytest.approx(integer.weight_bytes / 1e9)
     many = integer.step([64], new_tokens=64)
-    expected = many.linear_operations / 1e10 + many.attention_operations / 1e9
-    assert integer.seconds(many, LIMITS) == pytest.approx(expected)
-    assert exact.seconds(many, LIMITS) == pytest.approx((many.linear_operations + many.attention_operations) / 1e9)
+    coded = many.linear_operations + many.head_operations
+    assert integer.seconds(many, LIMITS) == pytest.approx(coded / 1e10 + many.attention_operations / 1e9)
+    assert exact.seconds(many, LIMITS) == pytest.approx((coded + many.attention_operations) / 1e9)
+    apart = replace(integer, integer_head=False)
+    longer = many.head_operations * (1 / 1e9 - 1 / 1e10)
+    assert apart.seconds(many, LIMITS) - integer.seconds(many, LIMITS) == pytest.approx(longer)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from miaotui.accelerate import goals
 from miaotui.accelerate.goals import COSTS, Figures, Goal, Workload
 from miaotui.accelerate.source import Source
-from miaotui.accelerate.space import Candidate, average_bits
-from miaotui.compress.recipe import parse_scheme
+from miaotui.accelerate.space import DENSE, Candidate, average_bits
+from miaotui.compress.recipe import Recipe, parse_scheme
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.measure.fit import HEADROOM
 from miaotui.measure.speed import DECODE_TOKENS, LONGEST, REQUEST
@@ -104,8 +104,13 @@ class Predictor:
         if candidate.recipe is not None:
             read = int(self._bytes(candidate, parameters_read(spec) - head, head))
         integer = read / parameters_read(spec) < 1.5 and candidate.serving.compute != "fp32"
+        integer_head = integer and (candidate.recipe is None or self._codes_head(candidate.recipe))
         numbers = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers)
-        return Cost(spec, read, numbers * CACHE_BYTES[candidate.serving.kv_cache_dtype], integer)
+        return Cost(spec, read, numbers * CACHE_BYTES[candidate.serving.kv_cache_dtype], integer, integer_head)
+
+    def _codes_head(self, recipe: Recipe) -> bool:
+        scheme = recipe.embedding if self.source.spec.tied_head else recipe.head
+        return parse_scheme(scheme).weights is not None or self.source.stored not in DENSE
 
     def _spec(self, candidate: Candidate) -> ModelSpec:
         """With as many layers as are left."""

@@ -17,19 +17,22 @@ class Work:
     bytes: float
     linear_operations: float
     attention_operations: float
+    head_operations: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a model costs, from its shapes: `weight_bytes` a step reads, `cache_bytes` for a position over all layers.
 
-    `integer` says that the matrix products run on integer codes.
+    `integer` says that the matrix products run on integer codes, `integer_head` the same of the head alone; None: that
+    they are as the others.
     """
 
     spec: ModelSpec
     weight_bytes: int
     cache_bytes: float
     integer: bool
+    integer_head: bool | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, weight_bytes: int, block_bytes: int, compute: str) -> Cost:
@@ -46,12 +49,14 @@ class Cost:
             self._positions_seen(layer, context, new_tokens) for layer in self.spec.layers for context in contexts
         )
         cached = self.cache_bytes * sum(self._cache_read(context, new_tokens) for context in contexts)
-        return Work(self.weight_bytes + cached, linear + head, seen)
+        return Work(self.weight_bytes + cached, linear, seen, head)
 
     def seconds(self, work: Work, ceilings: Ceilings) -> float:
         """The least time for it: reading and computing may overlap perfectly, linear and attention may not."""
-        peak = ceilings.int8 if self.integer else ceilings.fp32
-        compute = work.linear_operations / peak + work.attention_operations / ceilings.fp32
+        head = self.integer if self.integer_head is None else self.integer_head
+        compute = work.linear_operations / (ceilings.int8 if self.integer else ceilings.fp32)
+        compute += work.head_operations / (ceilings.int8 if head else ceilings.fp32)
+        compute += work.attention_operations / ceilings.fp32
         return max(work.bytes / ceilings.bandwidth, compute)
 
     def _positions_seen(self, layer: LayerSpec, context: int, new_tokens: int) -> float:
