@@ -38,13 +38,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rotate+gptq": {"method": "rotate+gptq"},
     "gptq propagated": {"method": "gptq", "propagate": True},
     "awq+gptq propagated": {"method": "awq+gptq", "propagate": True},
-    "awq+gptq propagated, polished": {
+    "awq+gptq propagated polished": {
         "method": "awq+gptq",
         "propagate": True,
         "options": {"gptq": {"polish": 1}},
     },
     "rotate+gptq propagated": {"method": "rotate+gptq", "propagate": True},
-    "rotate+gptq propagated, polished": {
+    "rotate+gptq propagated polished": {
         "method": "rotate+gptq",
         "propagate": True,
         "options": {"gptq": {"polish": 1}},
