@@ -250,10 +250,10 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   op->handed = handed;
   bool integer = quantised;
   for (const auto& weight : weights) integer = integer && weight->view.integer();
-  op->by_token = weights[0]->view.by_token;
+  const bool by_token = weights[0]->view.by_token;
   for (const auto& weight : weights)
-    if (weight->view.by_token != op->by_token) throw std::invalid_argument("parts whose inputs are coded differently");
-  if (handed && op->by_token) throw std::invalid_argument("what is handed on is quantised by groups");
+    if (weight->view.by_token != by_token) throw std::invalid_argument("parts whose inputs are coded differently");
+  if (handed && by_token) throw std::invalid_argument("what is handed on is quantised by groups");
   if ((hands_on || handed) && (!integer || perm || of_logits))
     throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
@@ -280,10 +280,10 @@ void record_experts(Program& program, const Place& x, const Place& router, const
   op->x = buffer_at(program, x), op->router = buffer_at(program, router);
   op->add = buffer_at(program, add), op->out = buffer_at(program, out);
   op->top_k = top_k, op->normalise = normalise, op->quantised = quantised;
-  op->by_token = op->gate[0]->by_token;
   for (const auto* group : {&op->gate, &op->up, &op->down})
     for (const Weight* weight : *group)
-      if (weight->by_token != op->by_token) throw std::invalid_argument("experts whose inputs are coded differently");
+      if (weight->by_token != (group == &op->down ? op->down : op->gate)[0]->by_token)
+        throw std::invalid_argument("experts whose inputs are coded differently");
   op->act = act_named(act);
   program.add(std::move(op));
 }

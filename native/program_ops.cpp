@@ -130,7 +130,7 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
       std::memcpy(kept, x, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + padded, 0.0f);
     }
-    if (any_integer()) c.kernels->quantise(x, k, to.quant, t, by_token);
+    if (any_integer()) c.kernels->quantise(x, k, to.quant, t, parts[0].weight->by_token);
   }
 }
 
@@ -324,7 +324,7 @@ void ExpertsOp::prepare(const Context& c, const Work& w, const PreparedRows& to,
       float* kept = const_cast<float*>(to.x) + i * to.x_stride;
       std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + to.x_stride, 0.0f);
-      c.kernels->quantise(row, k, quant, i - begin, by_token);
+      c.kernels->quantise(row, k, quant, i - begin, (gathered ? gate : down)[0]->by_token);
     }
   }
 }

@@ -88,7 +88,6 @@ struct LinearOp : Op {
   Act act = Act::None;
   bool gated = false, of_logits = false;
   bool quantised = true;  // integer weights meet int8 activations; false is the exact float32 path
-  bool by_token = false;  // with one scale for each input row: all parts ask for the same
   bool hands_on = false;  // out goes quantised to the next linear, which takes it `handed`
   bool handed = false;
 
@@ -118,7 +117,7 @@ struct ExpertsOp : Op {
   std::vector<const Weight*> gate, up, down;
   Buffer x, router, add, out;
   int top_k = 1;
-  bool normalise = false, quantised = true, by_token = false;
+  bool normalise = false, quantised = true;
   Act act = Act::Silu;
 
  private:
