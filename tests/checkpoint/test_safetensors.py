@@ -262,19 +262,19 @@ def test_int_quantized_per_channel_with_dynamic_activations(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("named", "static", "expected"),
-    [(["re:.*down$"], False, (True, False)), (["x.down"], False, (True, False)), (["other"], False, (True, True)),
-     ([], True, (False, False))],
+    ("named", "coded", "static", "expected"),
+    [(["re:.*down$"], 0, False, (True, False)), (["x.down"], 0, False, (True, False)),
+     (["other"], 0, False, (True, True)), (["re:.*down$"], 1, False, (False, True)), ([], 0, True, (False, False))],
 )  # fmt: skip
 def test_whose_inputs_are_coded_by_token(
-    tmp_path: Path, named: list[str], static: bool, expected: tuple[bool, bool]
+    tmp_path: Path, named: list[str], coded: int, static: bool, expected: tuple[bool, bool]
 ) -> None:
     """A group that names a module goes before the one of its class; scales known beforehand are not ours."""
     inputs = {"num_bits": 8, "type": "int", "strategy": "tensor" if static else "token", "dynamic": not static}
     config = compressed_config("int-quantized", num_bits=8, strategy="channel", group_size=None)
     groups = config["config_groups"]
     groups["group_1"] = {**groups["group_0"], "targets": named}
-    groups["group_0"] = {**groups["group_0"], "input_activations": inputs}
+    groups[f"group_{coded}"]["input_activations"] = inputs
     parts: dict[str, Any] = {}
     for name in ("x.up", "x.down"):
         parts[f"{name}.weight"] = np.ones((4, 24), np.int8)
