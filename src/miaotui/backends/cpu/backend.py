@@ -23,8 +23,9 @@ class CpuBackend:
     """Native kernels on `threads` threads (default: the physical cores this process may use).
 
     compute "auto" multiplies integer weights with activations quantised to int8, per 32 elements or, where
-    the checkpoint says so (w8a8), by token; "fp32" computes everything in float32, exactly as stored. `isa` names an instruction set of `_native.isas()` (default: the best).
-    `beside` lends its threads: the two executors must never run at the same time.
+    the checkpoint says so (w8a8), by token; "fp32" computes everything in float32, exactly as stored. `isa`
+    names an instruction set of `_native.isas()` (default: the best). `beside` lends its threads: the two
+    executors must never run at the same time.
     """
 
     def __init__(
