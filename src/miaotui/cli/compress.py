@@ -192,6 +192,9 @@ def summary(report: Report) -> str:
         )
     faults = (report.calibration or {}).get("faults", [])
     lines += [f"calibration: {fault}" for fault in faults]
+    if report.divergence is not None:
+        before, after = (report.divergence[when] for when in ("before", "after"))
+        lines.append(f"KL to the original, on windows that were not trained on: {before:.4f} → {after:.4f}")
     lines.append(f"it says: {report.answer!r}")
     return "\n".join(lines)
 
@@ -225,7 +228,8 @@ def shown() -> Iterator[Callable[[Progress], None]]:
 
 STAGES = {
     "preflight": "looking at one layer", "calibrate": "calibrating", "sensitivity": "measuring sensitivity",
-    "solve": "solving", "write": "writing", "verify": "reading back",
+    "solve": "solving", "teach": "asking the original", "train": "training", "write": "writing",
+    "verify": "reading back",
 }  # fmt: skip
 
 

@@ -178,12 +178,12 @@ class FinalNorm:
         place, bias = Place("norm"), Place("norm", bias=True)
         offset = model.values(bias).dense32() if bias.name(model.names) in model.present else None
         self._ops = WindowOps(1)
-        self._weight = self._ops.prepare_norm(
+        self.weight = self._ops.prepare_norm(
             model.values(place).dense32(), spec.norm_eps, bias=offset, kind=spec.norm_kind
         )
 
     def __call__(self, hidden: torch.Tensor, *, plain: bool = False) -> torch.Tensor:
-        weight = replace(self._weight, weight=torch.ones_like(self._weight.weight)) if plain else self._weight
+        weight = replace(self.weight, weight=torch.ones_like(self.weight.weight)) if plain else self.weight
         return self._ops.norm(hidden, weight)
 
 

@@ -10,6 +10,7 @@ from miaotui.compress.methods.gptq import GptqOptions
 from miaotui.compress.methods.grid import Fit, Minimum
 from miaotui.compress.methods.hqq import HqqOptions
 from miaotui.compress.methods.qat import QatOptions
+from miaotui.compress.methods.scales import ScalesOptions
 from miaotui.compress.recipe import Recipe, from_plain
 from miaotui.errors import UsageError
 from miaotui.model.spec import ModelSpec
@@ -52,6 +53,7 @@ class NoOptions:
 _KINDS: dict[str, type[Any]] = {
     "rtn": RtnOptions, "gptq": GptqOptions, "hqq": HqqOptions, "fp8": NoOptions, "rotate": RotateOptions,
     "smooth": SmoothOptions, "awq": AwqOptions, "qat": QatOptions,
+    "scales": ScalesOptions,
 }  # fmt: skip
 
 
@@ -67,6 +69,7 @@ class Steps:
     smooth: SmoothOptions | None
     awq: AwqOptions | None
     qat: QatOptions | None
+    scales: ScalesOptions | None
     minimum: Minimum
 
 
@@ -84,13 +87,15 @@ def steps_of(recipe: Recipe, spec: ModelSpec) -> Steps:
     minimum: Minimum = "free" if recipe.format == "gguf" else "zero_point"
     steps = Steps(
         recipe.rounder, rtn, read("gptq"), read("hqq"), chosen("rotate"), chosen("smooth"), chosen("awq"),
-        chosen("qat"), minimum,
+        chosen("qat"), chosen("scales"), minimum,
     )  # fmt: skip
     _check(recipe, steps, spec)
     return steps
 
 
 def _check(recipe: Recipe, steps: Steps, spec: ModelSpec) -> None:
+    if steps.scales is not None and steps.rounder == "fp8":
+        raise UsageError("The scales of fp8 weights are not trained.", "Leave scales out of the method.")
     rotated = steps.rotate
     if rotated is not None and rotated.r1 and not (spec.norm_kind == "rms" and spec.pre_norm and not spec.post_norm):
         raise UsageError(

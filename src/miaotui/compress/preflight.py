@@ -16,9 +16,10 @@ import torch
 
 from miaotui.compress.hidden import TOKENS_AT_ONCE
 from miaotui.compress.layers import read_layer, run_layer
+from miaotui.compress.options import steps_of
 from miaotui.compress.places import Model
 from miaotui.compress.precision import products
-from miaotui.compress.recipe import Recipe
+from miaotui.compress.recipe import Recipe, parse_scheme
 from miaotui.compress.solve import round_layer, scale_layer
 from miaotui.compress.statistics import Gathering, attach
 from miaotui.compress.types import Place
@@ -27,12 +28,15 @@ from miaotui.compress.work import Work
 from miaotui.errors import ResourceError
 from miaotui.hardware.detect import available_memory
 from miaotui.model.shapes import shapes
+from miaotui.model.spec import ModelSpec
 
 LIBRARIES = 350 << 20
 """What Python and PyTorch take."""
 COPIES = 6
 """Of the largest weight and of its second moment, while GPTQ works on it."""
 SLACK = 64 << 20
+TRAINED = 4
+"""Times a layer's weights and activations, while it is trained."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,20 @@ def estimate(model: Model, recipe: Recipe, *, gathers: bool) -> Estimate:
     cache = count * moment // 2 + 2 * stream if gathers else 0
     weights = sum(size for index, size in by_layer.items() if index >= 0) // 4
     own = weights + (4 * stream if recipe.propagate or "qat" in recipe.steps else 0)
+    if "scales" in recipe.steps:
+        learnt, streams = _learnt(recipe, spec, weights), stream // calibration.windows
+        batch = steps_of(recipe, spec).scales.batch  # type: ignore[union-attr]
+        training = 4 * learnt + TRAINED * (layer + running) + (count + 4) * batch * streams + 2 * table
+        memory, own = max(memory, LIBRARIES + SLACK + training), own + 3 * stream + 6 * learnt
     artefact = weights + 2 * table
     return Estimate(memory, {"cache": cache, "output": own + artefact})
+
+
+def _learnt(recipe: Recipe, spec: ModelSpec, weights: int) -> int:
+    """Bytes of what is multiplied onto the scales of so many weights, as float32."""
+    scheme = parse_scheme(recipe.scheme).weights
+    size = None if scheme is None else scheme.group_size
+    return 4 * weights // (size or spec.hidden_size)
 
 
 def _layer(name: str) -> int:
@@ -183,6 +199,8 @@ def _try_text(work: Work, product: torch.dtype, *, gathers: bool) -> float:
     if work.steps.qat is not None:
         steps = work.steps.qat.steps * work.steps.qat.batch / len(chunk)
         total += once * (3 * steps + chunks)
+    if work.steps.scales is not None:
+        total += once * chunks * (1.5 + 5 * work.steps.scales.epochs)
     return total
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["preflight", "calibrate", "sensitivity", "solve", "write", "verify"]
+Stage = Literal["preflight", "calibrate", "sensitivity", "solve", "teach", "train", "write", "verify"]
 
 
 @dataclass(frozen=True)

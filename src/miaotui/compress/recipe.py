@@ -35,7 +35,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 TRANSFORMS = ("rotate", "smooth", "awq")
 ROUNDERS = ("rtn", "gptq", "hqq", "fp8")
-TUNERS = ("qat",)
+TUNERS = ("qat", "scales")
 STEPS = (*TRANSFORMS, *ROUNDERS, *TUNERS)
 """Steps of a method in the only order that they can have. Without a rounder, `rtn` rounds."""
 

@@ -141,7 +141,7 @@ def tune(
     """
     learned = {name: _Learned(start, options.near) for name, start in starts.items()}
     own = {name: norm.detach().clone().requires_grad_() for name, norm in norms.items()}
-    train, held = _split(inputs.shape[0])
+    train, held = split_windows(inputs.shape[0])
     loss = _Loss(learned, own, run)
 
     def judge() -> float:
@@ -167,7 +167,7 @@ def tune(
     return Tuned(made, {name: norm.detach() for name, norm in own.items()}, before, after)
 
 
-def _split(windows: int) -> tuple[list[int], list[int]]:
+def split_windows(windows: int) -> tuple[list[int], list[int]]:
     """Windows to train on and to judge by; a single one is both."""
     held = list(range(HELD - 1, windows, HELD)) or [windows - 1]
     return [i for i in range(windows) if i not in held] or held, held
