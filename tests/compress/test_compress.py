@@ -78,6 +78,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "rotate+smooth+gptq", "propagate": True},
     {"method": "gptq+qat", "options": {"qat": {"steps": 3, "batch": 2}}},
     {"method": "rotate+awq+gptq+qat", "propagate": True, "options": {"qat": {"steps": 3, "batch": 2}}},
+    {"method": "awq+gptq+scales", "options": {"scales": {"epochs": 1, "batch": 8}}},
+    {"method": "rotate+rtn+qat+scales", "options": {"qat": {"steps": 1}, "scales": {"epochs": 1, "batch": 8}}},
     {"method": "gptq", "scheme": "w8g16-asym"},
     {"method": "gptq", "embedding": "w8-sym", "head": "w8-sym"},
     {"method": "rotate+gptq", "embedding": "w8-sym", "head": "w8-sym"},

@@ -48,7 +48,7 @@ PROMPT = "The capital of France is"
 @click.option(
     "--method",
     metavar="METHOD",
-    help="rtn, gptq, hqq or fp8, with rotate+, smooth+ or awq+ before and +qat behind.  [default: gptq]",
+    help="rtn, gptq, hqq or fp8, with rotate+, smooth+ or awq+ before and +qat or +scales behind.  [default: gptq]",
 )
 @click.option(
     "--option", "options", metavar="STEP.KEY=VALUE", multiple=True, help="A step's setting: gptq.damping=0.02."

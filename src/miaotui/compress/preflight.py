@@ -130,7 +130,7 @@ def measure(work: Work, found: Estimate, *, gathers: bool) -> Estimate:
     begun = work.statistics is not None and not work.sequential and work.recipe.budget is None
     seconds = _first_layer(work) if begun else _try_layer(work, gathers=gathers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return Estimate(max(found.memory, peak), found.disk, seconds)
+    return Estimate(max(found.memory, peak), found.disk, seconds + _training(work))
 
 
 def _first_layer(work: Work) -> float:
@@ -185,23 +185,34 @@ def _chunk(work: Work) -> torch.Tensor:
 
 def _try_text(work: Work, product: torch.dtype, *, gathers: bool) -> float:
     """Seconds of one layer over the whole text, as often as the recipe needs it."""
+    once, chunk, chunks = _once(work, product)
+    passes = (1.5 if gathers else 0.0) + (1.0 if work.sequential else 0.0) + (1.5 if work.recipe.propagate else 0.0)
+    passes += 6.0 if work.staged else 0.0
+    total = passes * chunks * once
+    if work.steps.qat is not None:
+        steps = work.steps.qat.steps * work.steps.qat.batch / chunk
+        total += once * (3 * steps + chunks)
+    return total
+
+
+def _once(work: Work, product: torch.dtype) -> tuple[float, int, float]:
+    """Seconds of one layer for a chunk of text, the chunk's windows, and how many chunks there are."""
+    assert work.text is not None
     spec = work.model.spec
     layer, chunk = read_layer(work.model, 0, work.scheme_of), _chunk(work)
     run_layer(spec, layer, chunk, product=product)
     started = time.perf_counter()
     run_layer(spec, layer, chunk, product=product)
-    once = time.perf_counter() - started
-    assert work.text is not None
-    chunks = len(work.text.tokens) / len(chunk)
-    passes = (1.5 if gathers else 0.0) + (1.0 if work.sequential else 0.0) + (1.5 if work.recipe.propagate else 0.0)
-    passes += 6.0 if work.staged else 0.0
-    total = passes * chunks * once
-    if work.steps.qat is not None:
-        steps = work.steps.qat.steps * work.steps.qat.batch / len(chunk)
-        total += once * (3 * steps + chunks)
-    if work.steps.scales is not None:
-        total += once * chunks * (1.5 + 5 * work.steps.scales.epochs)
-    return total
+    return time.perf_counter() - started, len(chunk), len(work.text.tokens) / len(chunk)
+
+
+def _training(work: Work) -> float:
+    """Seconds that training through all layers takes: forward, again and backward, and the logits of both models."""
+    if work.steps.scales is None:
+        return 0.0
+    with products(work.precision) as product:
+        once, _, chunks = _once(work, product)
+    return len(work.model.spec.layers) * once * chunks * (1.5 + 5 * work.steps.scales.epochs)
 
 
 def _size(count: float) -> str:
