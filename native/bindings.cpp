@@ -99,8 +99,15 @@ std::shared_ptr<PackedWeight> grouped_weight(Pool& pool, Heap& heap, Array2<uint
   nb::gil_scoped_release release;
   auto packed = std::make_shared<PackedWeight>(pack_grouped(
       pool, heap, codes.data(), scale.data(), minimum ? minimum->data() : nullptr, bits, group, type, n, k));
-  packed->view.by_token = by_token;
+  packed->view.inputs = by_token ? Inputs::ByToken : Inputs::By32;
   return packed;
+}
+
+std::shared_ptr<PackedWeight> wide_weight(Pool& pool, Heap& heap, const PackedWeight& from, const std::string& isa) {
+  if (!from.view.integer() || from.view.inputs != Inputs::By32)
+    throw std::invalid_argument("only integer weights whose inputs are quantised by 32 are recoded");
+  nb::gil_scoped_release release;
+  return std::make_shared<PackedWeight>(pack_wide(pool, heap, *isa_named(isa).kernels, from));
 }
 
 // (code, scale type, minima, rows, width, padded width, fold, folds a group, groups, input by token): with the panels'
@@ -118,14 +125,16 @@ Form form_of(const PackedWeight& packed) {
           w.fold,
           w.folds_per_group,
           w.groups,
-          w.by_token};
+          w.inputs == Inputs::ByToken};
 }
 
 std::shared_ptr<PackedWeight> mapped_weight(const Form& form, nb::object array) {
   const auto bytes = nb::cast<Array1<uint8_t>>(array);
   Weight w;
   int code, scale_type;
-  std::tie(code, scale_type, w.has_min, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups, w.by_token) = form;
+  bool by_token;
+  std::tie(code, scale_type, w.has_min, w.n, w.k, w.k_pad, w.fold, w.folds_per_group, w.groups, by_token) = form;
+  w.inputs = by_token ? Inputs::ByToken : Inputs::By32;
   const bool sound = code >= 0 && code <= static_cast<int>(Code::INT8) && scale_type >= 0 && scale_type <= 2 &&
                      w.n > 0 && w.k > 0 && w.k_pad >= w.k && w.k_pad % 32 == 0 && (w.fold == 16 || w.fold == 32) &&
                      w.folds_per_group > 0 && w.groups >= 0;
@@ -157,7 +166,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> dequantised(const PackedWeight& packe
 using Place = std::pair<size_t, int64_t>;
 
 Buffer buffer_at(const Program& program, const Place& place) {
-  return {program.arena(place.first), place.second, place.second};
+  return {program.arena(place.first), place.second, row_stride(place.second)};
 }
 
 Buffer buffer_at(const Program& program, const std::optional<Place>& place) {
@@ -221,13 +230,20 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
                    std::optional<Array1<float>> norm_weight, std::optional<Array1<float>> norm_bias, float norm_eps,
                    bool norm_layer, const std::optional<Place>& add, float scale, float softcap, const std::string& act,
                    bool gated, bool quantised, bool of_logits, std::optional<Array1<int32_t>> perm, bool hands_on,
-                   bool handed, const Place& out) {
+                   bool handed, const Weights& wide, const Place& out) {
   auto op = std::make_unique<LinearOp>();
   op->name = name;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i]->view.k != in.second) throw std::invalid_argument("a weight's width differs from its input's");
-    op->parts.push_back({&weights[i]->view, floats(biases.at(i)), columns.at(i)});
+    op->parts.push_back({&weights[i]->view, nullptr, floats(biases.at(i)), columns.at(i)});
     program.keep(weights[i]);
+    if (wide.empty()) continue;
+    const Weight& recoded = wide.at(i)->view;
+    const Weight& own = weights[i]->view;
+    if (recoded.n != own.n || recoded.k_pad != own.k_pad || recoded.wide() != own.integer())
+      throw std::invalid_argument("recoded weights of another matrix");
+    op->parts.back().wide = &recoded;
+    program.keep(wide[i]);
   }
   if (gated && (weights.size() != 2 || weights[0]->view.n != weights[1]->view.n))
     throw std::invalid_argument("a gated linear has a gate and an up of one height");
@@ -250,10 +266,10 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   op->handed = handed;
   bool integer = quantised;
   for (const auto& weight : weights) integer = integer && weight->view.integer();
-  const bool by_token = weights[0]->view.by_token;
+  const Inputs inputs = weights[0]->view.inputs;
   for (const auto& weight : weights)
-    if (weight->view.by_token != by_token) throw std::invalid_argument("parts whose inputs are coded differently");
-  if (handed && by_token) throw std::invalid_argument("what is handed on is quantised by groups");
+    if (weight->view.inputs != inputs) throw std::invalid_argument("parts whose inputs are coded differently");
+  if (handed && inputs != Inputs::By32) throw std::invalid_argument("what is handed on is quantised by groups");
   if ((hands_on || handed) && (!integer || perm || of_logits))
     throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
@@ -282,7 +298,7 @@ void record_experts(Program& program, const Place& x, const Place& router, const
   op->top_k = top_k, op->normalise = normalise, op->quantised = quantised;
   for (const auto* group : {&op->gate, &op->up, &op->down})
     for (const Weight* weight : *group)
-      if (weight->by_token != (group == &op->down ? op->down : op->gate)[0]->by_token)
+      if (weight->inputs != (group == &op->down ? op->down : op->gate)[0]->inputs)
         throw std::invalid_argument("experts whose inputs are coded differently");
   op->act = act_named(act);
   program.add(std::move(op));
@@ -362,8 +378,9 @@ void write_block(Program& program, int64_t block, Array1<uint8_t> content) {
 
 nb::ndarray<nb::numpy, float> view(nb::handle self, const Place& place, size_t rows) {
   Program& program = nb::cast<Program&>(self);
-  const size_t width = static_cast<size_t>(place.second);
-  return nb::ndarray<nb::numpy, float>(program.arena(place.first), {rows, width}, self);
+  const size_t shape[] = {rows, static_cast<size_t>(place.second)};
+  const int64_t strides[] = {row_stride(place.second), 1};
+  return nb::ndarray<nb::numpy, float>(program.arena(place.first), 2, shape, self, strides);
 }
 
 }  // namespace
@@ -384,8 +401,9 @@ NB_MODULE(_native, module) {
       .def_static("gguf", &gguf_weight, "pool"_a, "heap"_a, "rows"_a, "kind"_a, "width"_a)
       .def_static("grouped", &grouped_weight, "pool"_a, "heap"_a, "codes"_a, "scale"_a, "minimum"_a.none(), "bits"_a,
                   "group"_a, "scale_type"_a, "by_token"_a)
+      .def_static("wide", &wide_weight, "pool"_a, "heap"_a, "weight"_a, "isa"_a, "As INT8 with one scale a row.")
       .def_static("mapped", &mapped_weight, "form"_a, "data"_a, "Over bytes that were packed before; they stay mapped.")
-      .def_prop_ro("by_token", [](const PackedWeight& packed) { return packed.view.by_token; })
+      .def_prop_ro("by_token", [](const PackedWeight& packed) { return packed.view.inputs == Inputs::ByToken; })
       .def_prop_ro("form", &form_of)
       .def_prop_ro("raw", [](nb::handle self) { return raw_bytes(self); })
       .def("dequantise", &dequantised, "The exact values, float32 [out, in].")
@@ -419,7 +437,7 @@ NB_MODULE(_native, module) {
       .def("activate", &record_activate, "x"_a, "act"_a, "gated"_a, "out"_a)
       .def("linear", &record_linear, "name"_a, "x"_a, "weights"_a, "columns"_a, "biases"_a, "norm_weight"_a.none(),
            "norm_bias"_a.none(), "norm_eps"_a, "norm_layer"_a, "add"_a.none(), "scale"_a, "softcap"_a, "act"_a,
-           "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "hands_on"_a, "handed"_a, "out"_a)
+           "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "hands_on"_a, "handed"_a, "wide"_a, "out"_a)
       .def("experts", &record_experts, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "normalise"_a, "act"_a,
            "quantised"_a, "add"_a.none(), "out"_a)
       .def("rope_and_cache", &record_rope_cache, "shape"_a, "qkv"_a, "cos"_a.none(), "sin"_a.none(), "interleaved"_a,
@@ -439,6 +457,7 @@ NB_MODULE(_native, module) {
       .def("profile", &Program::profile)
       .def_prop_ro("profiled_runs", &Program::profiled_runs);
 
+  module.def("row_stride", &row_stride, "width"_a, "Floats from one row of a buffer to the next.");
   module.def(
       "isas",
       [] {

@@ -13,6 +13,7 @@ constexpr int kActGroup = 32;      // input elements that share a scale when act
 enum class Code : uint8_t { F32, F16, BF16, INT4, INT8 };
 enum class ScaleType : uint8_t { F16, BF16, F32 };
 enum class Act : uint8_t { None, Silu, Gelu, GeluTanh, Relu2 };
+enum class Inputs : uint8_t { By32, By64, ByToken };  // the neighbouring inputs that share a scale once quantised
 
 // A weight [n, k] in panels of 16 output rows. Per panel, along k:
 //   F32, F16   [k_pad][16]
@@ -32,7 +33,7 @@ struct Weight {
   int fold = 32;  // elements between two foldings of the integer sum into float: 16 or 32
   int folds_per_group = 1;
   int groups = 0;
-  bool by_token = false;  // its input is quantised with one scale a row, as the checkpoint says, not by groups of 32
+  Inputs inputs = Inputs::By32;  // other than that only for INT8 with one scale a row
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const uint8_t* mins = nullptr;
@@ -41,11 +42,13 @@ struct Weight {
 
   bool integer() const { return code == Code::INT4 || code == Code::INT8; }
   int zero() const { return has_min ? 0 : code == Code::INT4 ? 8 : 128; }
-  bool whole_rows() const { return groups == 1 && fold == 32 && !has_min; }
+  // Integer sums that need no folding by 32: a step takes two panels at once.
+  bool wide() const { return code == Code::INT8 && groups == 1 && fold == 32 && !has_min && inputs != Inputs::By32; }
 };
 
 // Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127]. By token, all groups of a row
-// have the row's scale.
+// have the row's scale. By 64, every second group has the scale of both, and -128 times their sum for minus32; the
+// other sums are not there.
 // Rows lie in the tiles in which a kernel takes them (12 at a time, then what is left): a tile of M rows that begins at
 // row t is [groups of 32][M][32] at q + t * k_pad, and its other arrays likewise, so that a kernel walks one stream.
 // Sums are kept because a weight's zero point multiplies them, and sum * scale because a minimum does; that of the
@@ -93,7 +96,7 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
-  const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for in pairs
+  const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
 };
 
 struct Kernels {
@@ -103,16 +106,18 @@ struct Kernels {
   // out[0..n) = norm(x) * weight (+ bias) (+ add), float32 throughout.
   void (*norm)(const float* x, const float* weight, const float* bias, const float* add, float eps, int n, bool layer,
                float* out);
-  // x [k] becomes row `row` of `to`, its padding zero; with one scale for the whole row, or one for every 32.
-  void (*quantise)(const float* x, int k, const QuantRows& to, int row, bool by_token);
+  // x [k] becomes row `row` of `to`, its padding zero.
+  void (*quantise)(const float* x, int k, const QuantRows& to, int row, Inputs inputs);
   // out = act(gate) * up; up may be null.
   void (*activate)(const float* gate, const float* up, int n, Act act, float* out);
   // Row `row` of the weight as float32, times `factor`.
   void (*dequantise_row)(const Weight& weight, int row, float factor, float* out);
+  // An integer weight's panel as INT8 codes with one scale a row. `scratch` has k_pad * 16 floats.
+  void (*widen)(const Weight& weight, int panel, float* scratch, uint8_t* codes, float* scales);
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {
-  return (2 * static_cast<size_t>(k_pad) + 4 * 48) * kRowsPerPanel * sizeof(float) + 64;  // two panels, four results
+  return (2 * static_cast<size_t>(k_pad) + 8 * 48) * kRowsPerPanel * sizeof(float) + 64;  // two panels, eight results
 }
 
 const Kernels* kernels_portable();

@@ -14,7 +14,7 @@ namespace {
 #include "exp_impl.h"
 #include "kernels_impl.h"
 
-constexpr Kernels table{"avx512", linear, norm, quantise, activate, dequantise_row};
+constexpr Kernels table{"avx512", linear, norm, quantise, activate, dequantise_row, widen};
 
 }  // namespace
 }  // namespace kernels_in_avx512

@@ -4,6 +4,8 @@
 // One rule runs through it: the bits of a row's result do not depend on how many rows are computed with it, nor on
 // which thread computes it. So each output is one chain of operations in ascending k, whatever the tile:
 //   integer   per fold of 16 or 32 inputs: an exact integer sum, then acc = fma(sum, w_scale * a_scale, acc)
+//   wide      per fold of 64 inputs, or once a row: an exact integer sum, then acc = fma(sum, a_scale, acc); in the end
+//             acc * w_scale
 //   float     acc = fma(w, x, acc)
 
 template <int N>
@@ -136,13 +138,13 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   for (int m = 0; m < M; ++m) store(out + m * 16, acc[m]);
 }
 
-// INT8 weights with one scale a row and input rows with one scale each: integers to the end. A few rows have several
-// sums each, since one alone would wait for itself; the order of integer sums is nobody's concern.
+// INT8 weights with one scale a row and a few input rows with one scale each: integers to the end. Each row has several
+// sums, since one alone would wait for itself; the order of integer sums is nobody's concern.
 template <int M>
 __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& rows, float* out) {
-  constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : M <= 4 ? 2 : 1;
+  constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : 2;
   const Weight& w = *tile.weight;
-  const uint8_t *codes = tile.codes, *ahead = tile.ahead;
+  const uint8_t* codes = tile.codes;
   const int8_t* a = rows.q;
   I16x sum[kSums][M];
 #pragma GCC unroll 8
@@ -150,11 +152,10 @@ __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& ro
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sum[i][m] = i ? isplat(0) : isplat_at(rows.minus_row + m);
   for (int k = 0; k < w.k_pad; k += 32, codes += 512, a += M * 32) {
-    if constexpr (M > kStreaming) prefetch_lines(ahead, tile.ahead_lines);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const Bytes line = load_bytes(codes + i * 64);
-      if constexpr (M <= kStreaming) prefetch(codes + kCodesAhead + i * 64);
+      prefetch(codes + kCodesAhead + i * 64);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) sum[i % kSums][m] = dot4<true>(sum[i % kSums][m], line, a + m * 32 + i * 4);
     }
@@ -164,7 +165,7 @@ __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& ro
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
     for (int i = 1; i < kSums; ++i) sum[0][m] = iadd(sum[0][m], sum[i][m]);
-    store(out + m * 16, mul(to_float(sum[0][m]), mul(scale, splat(rows.scale[m]))));
+    store(out + m * 16, mul(mul(to_float(sum[0][m]), splat(rows.scale[m])), scale));
   }
 }
 
@@ -180,7 +181,8 @@ template <int M>
 MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float* out) {
   const Weight& w = *t.weight;
   if (w.code == Code::INT4) return int_tile_of<Code::INT4, M>(t, rows, out);
-  if (w.by_token && w.whole_rows()) return row_tile<M>(t, rows, out);
+  if constexpr (M <= kStreaming)
+    if (w.wide()) return row_tile<M>(t, rows, out);
   return int_tile_of<Code::INT8, M>(t, rows, out);
 }
 
@@ -235,6 +237,117 @@ inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int cou
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
     tile.ahead += w.panel_bytes / 2;
     if (r + decltype(m)::value >= tiles * kMaxTile) tile.ahead_lines = 0;
+  });
+}
+
+// ---- wide tiles ------------------------------------------------------------------------------------------------
+
+// Panels, and how much of the next ones to ask for meanwhile.
+struct WideTile {
+  const Weight* weight;
+  int panel;
+  const uint8_t* ahead;
+  int ahead_lines;  // for each 32 inputs
+};
+
+// P panels against M rows from `row` on, among those of the tile that `rows` is. Every broadcast of four inputs serves
+// all panels.
+template <bool TOKEN, int P, int M>
+__attribute__((noinline)) void wide_tile(const WideTile& tile, const QuantRows& rows, int row, float* out,
+                                         size_t out_panel) {
+  const Weight& w = *tile.weight;
+  const int beside = rows.rows;
+  const uint8_t *codes = w.codes + tile.panel * w.panel_bytes, *ahead = tile.ahead;
+  const int8_t* a = rows.q + row * 32;
+  const int32_t* minus = (TOKEN ? rows.minus_row : rows.minus32) + row;
+  const float* a_scale = rows.scale + row;
+  F16x acc[P][M];
+  I16x sum[P][M];
+  auto begin = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      sum[0][m] = isplat_at(minus + m);
+#pragma GCC unroll 4
+      for (int p = 1; p < P; ++p) sum[p][m] = sum[0][m];
+    }
+  };
+  auto fold = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) acc[p][m] = fma(to_float(sum[p][m]), splat(a_scale[m]), acc[p][m]);
+  };
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[p][m] = zero();
+  auto multiply = [&]() __attribute__((always_inline)) {  // the next 32 inputs
+    prefetch_lines(ahead, tile.ahead_lines);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      Bytes line[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) line[p] = load_bytes(codes + p * w.panel_bytes + j * 64);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Spread four = spread(a + m * 32 + j * 4);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) sum[p][m] = dot4_wide(sum[p][m], line[p], four);
+      }
+    }
+    codes += 512, a += beside * 32;
+  };
+  int k = w.k_pad;
+  if constexpr (TOKEN) {
+    begin();
+    for (; k; k -= 32) multiply();
+    fold();
+  } else {
+    for (; k >= 64; k -= 64) {
+      begin();
+      multiply();
+      multiply();
+      fold();
+      minus += 2 * beside, a_scale += 2 * beside;
+    }
+    if (k) {
+      begin();
+      multiply();
+      fold();
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+    const F16x scale = load_scale(w.scales + (tile.panel + p) * w.panel_scale_bytes, w.scale_type);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) store(out + p * out_panel + m * 16, mul(acc[p][m], scale));
+  }
+}
+
+template <int P, int M>
+MIAOTUI_INLINE void wide_tile_of(const WideTile& tile, const QuantRows& rows, int row, float* out, size_t out_panel) {
+  if (tile.weight->inputs == Inputs::ByToken) return wide_tile<true, P, M>(tile, rows, row, out, out_panel);
+  wide_tile<false, P, M>(tile, rows, row, out, out_panel);
+}
+
+// `panels` neighbouring ones against `count` rows; the results of panel p at out + p * out_panel.
+inline void wide_panels(const Weight& w, int panel, int panels, const QuantRows& rows, int count, bool first,
+                        float* out, size_t out_panel) {
+  const int lines = 8 * panels, tiles = count / kWideRows < 4 ? count / kWideRows : 4;
+  WideTile tile{&w, panel, w.codes + (panel + panels) * w.panel_bytes, first && tiles ? lines / tiles : 0};
+  int taken = 0;
+  for_tiles(count, [&](auto size, int r) {
+    constexpr int M = decltype(size)::value, kParts = (M + kWideRows - 1) / kWideRows, kPart = M / kParts;
+    const QuantRows of_tile = rows.from(r, M);
+    for (int part = 0; part < kParts; ++part) {
+      float* to = out + (r + part * kPart) * 16;
+      if (panels == kWidePanels)
+        wide_tile_of<kWidePanels, kPart>(tile, of_tile, part * kPart, to, out_panel);
+      else
+        wide_tile_of<1, kPart>(tile, of_tile, part * kPart, to, out_panel);
+      tile.ahead += tile.ahead_lines * (w.k_pad / 32) * 64;
+      if (++taken == tiles) tile.ahead_lines = 0;
+    }
   });
 }
 
@@ -312,6 +425,25 @@ inline void dequantise_panel(const Weight& w, int panel, float* out) {
     } else {
       put(bytes, k);
     }
+  }
+}
+
+// Sixteen rows in int8, each with its own scale: max|w| / 127, and round-half-even(w * (127 / max|w|)) + 128.
+inline void widen(const Weight& w, int panel, float* scratch, uint8_t* codes, float* scales) {
+  dequantise_panel(w, panel, scratch);
+  F16x most = zero();
+  for (int k = 0; k < w.k; ++k) most = max(most, abs(load(scratch + k * 16)));
+  store(scales, mul(most, splat(1.0f / 127.0f)));
+  float greatest[16], inverse[16];
+  store(greatest, most);
+  for (int i = 0; i < 16; ++i) inverse[i] = greatest[i] > 0.0f ? 127.0f / greatest[i] : 0.0f;
+  const F16x factor = load(inverse), centre = splat(128.0f);
+  auto code = [&](int k) { return to_int(add(round(mul(load(scratch + k * 16), factor)), centre)); };
+  for (int k = 0; k < w.k_pad; k += 4, codes += 64) {
+    const I16x low = iadd(code(k), shift_left<8>(code(k + 1)));
+    const I16x high = iadd(shift_left<16>(code(k + 2)), shift_left<24>(code(k + 3)));
+    const I16x four = iadd(low, high);
+    std::memcpy(codes, &four, sizeof four);
   }
 }
 
@@ -422,9 +554,76 @@ inline void quantise_columns(const float* values, const QuantRows& to, int group
   });
 }
 
-// Panels in blocks that the second-level cache holds, rows in chunks that the first holds: weights come from memory
-// once, and what a tile reads is near.
-inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up, float* pair) {
+// Group `group` of 64 of the row, rounded to whole floats; `sum` is theirs. The last one of a row may be a half.
+MIAOTUI_INLINE void put_wide_group(const QuantRows& tile, int group, int m, int row, float most, const F16x (&x)[4],
+                                   float sum) {
+  const int at = 2 * group * m + row, halves = 2 * group + 2 <= tile.k_pad / 32 ? 2 : 1;
+  for (int half = 0; half < halves; ++half) {
+    store_int8(tile.q + (at + half * m) * 32, to_int(x[2 * half]));
+    store_int8(tile.q + (at + half * m) * 32 + 16, to_int(x[2 * half + 1]));
+  }
+  tile.scale[at] = most * (1.0f / 127.0f);
+  tile.minus32[at] = -128 * static_cast<int32_t>(sum);
+}
+
+// One group of `left` values, at most 64.
+MIAOTUI_INLINE void quantise_wide_group(const float* values, int left, const QuantRows& tile, int group, int m,
+                                        int row) {
+  F16x x[4], most = zero(), sum = zero();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int n = left - i * 16;
+    x[i] = n >= 16 ? load(values + i * 16) : n > 0 ? load_n(values + i * 16, n) : zero();
+    most = max(most, abs(x[i]));
+  }
+  const float greatest = reduce_max(most);
+  round_group(greatest, x[0], x[1]), round_group(greatest, x[2], x[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sum = add(sum, x[i]);
+  put_wide_group(tile, group, m, row, greatest, x, reduce_add(sum));
+}
+
+// Four whole groups, `apart` values from one to the next, share their reductions. put(i, most, x, sum) for each.
+template <typename F>
+MIAOTUI_INLINE void quantise_wide_four(const float* values, int apart, F&& put) {
+  F16x x[4][4], greatest[4], sum[4];
+  float most[4], total[4];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[g][i] = load(values + g * apart + i * 16);
+    greatest[g] = max(max(abs(x[g][0]), abs(x[g][1])), max(abs(x[g][2]), abs(x[g][3])));
+  }
+  reduce_max_four(greatest[0], greatest[1], greatest[2], greatest[3], most);
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    round_group(most[g], x[g][0], x[g][1]), round_group(most[g], x[g][2], x[g][3]);
+    sum[g] = add(add(x[g][0], x[g][1]), add(x[g][2], x[g][3]));
+  }
+  reduce_add_four(sum[0], sum[1], sum[2], sum[3], total);
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) put(g, most[g], x[g], total[g]);
+}
+
+// Rows of 64 places, `columns` of them filled, side by side, become group `group` of 64 of as many rows.
+inline void quantise_wide_columns(const float* values, int columns, const QuantRows& to, int group) {
+  for_tiles(to.rows, [&](auto size, int row) {
+    constexpr int M = decltype(size)::value;
+    const QuantRows tile = to.from(row, M);
+    const float* x = values + row * 64;
+    int r = 0;
+    for (; columns == 64 && r + 4 <= M; r += 4)
+      quantise_wide_four(x + r * 64, 64, [&](int i, float most, const F16x(&q)[4], float sum) {
+        put_wide_group(tile, group, M, r + i, most, q, sum);
+      });
+    for (; r < M; ++r) quantise_wide_group(x + r * 64, columns, tile, group, M, r);
+  });
+}
+
+// panels(begin, end, row, rows): in blocks of panels that the second-level cache holds, whole groups of `unit`, and
+// chunks of rows that the first holds: weights come from memory once, and what a tile reads is near.
+template <typename F>
+MIAOTUI_INLINE void for_blocks(const LinearArgs& args, int first, int last, int unit, F&& panels) {
   const Weight& w = *args.weight;
   const int touched = w.k_pad + w.k_pad / 32 * 12;  // of a row: codes, scales, sums
   const int fitting = kFirstLevel / touched / kMaxTile * kMaxTile;
@@ -432,24 +631,53 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
   const size_t bytes = (w.panel_bytes + w.panel_scale_bytes) * (args.up ? 2 : 1);
   const int most = bytes >= kSecondLevel ? 1 : static_cast<int>(kSecondLevel / bytes);
   const int blocks = (last - first + most - 1) / most;
-  const int block = blocks ? ((last - first + blocks - 1) / blocks + 1) / 2 * 2 : 2;  // panels of a pair stay together
-  for (int begin = first; begin < last; begin += block) {
-    const int end = begin + block < last ? begin + block : last;
-    for (int row = 0; row < args.rows; row += chunk) {
-      const int rows = args.rows - row < chunk ? args.rows - row : chunk;
-      const QuantRows quant = args.quant.from(row, rows);
-      for (int panel = begin; panel < end; ++panel) {
-        int_panel(w, panel, quant, rows, row == 0, result);
-        if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, up);
+  const int block = blocks ? ((last - first + blocks - 1) / blocks + unit - 1) / unit * unit : unit;
+  for (int begin = first; begin < last; begin += block)
+    for (int row = 0; row < args.rows; row += chunk)
+      panels(begin, begin + block < last ? begin + block : last, row,
+             args.rows - row < chunk ? args.rows - row : chunk);
+}
+
+inline void linear_int(const LinearArgs& args, int first, int last, float* result, float* up, float* pair) {
+  const Weight& w = *args.weight;
+  for_blocks(args, first, last, 2, [&](int begin, int end, int row, int rows) {
+    const QuantRows quant = args.quant.from(row, rows);
+    for (int panel = begin; panel < end; ++panel) {
+      int_panel(w, panel, quant, rows, row == 0, result);
+      if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, up);
+      if (!args.handed) {
+        finish(args, panel, row, rows, result, args.up ? up : nullptr);
+        continue;
+      }
+      finish(args, panel, row, rows, result, args.up ? up : nullptr, pair + panel % 2 * 16, 32);
+      if (panel % 2) quantise_columns(pair, args.handed->from(row, rows), panel / 2);
+    }
+  });
+}
+
+inline void linear_wide(const LinearArgs& args, int first, int last, float* scratch) {
+  const Weight& w = *args.weight;
+  constexpr size_t kResult = kRowChunk * 16;
+  float *result = scratch, *up = result + 2 * kResult, *four = up + 2 * kResult;
+  for_blocks(args, first, last, 4, [&](int begin, int end, int row, int rows) {
+    const QuantRows quant = args.quant.from(row, rows);
+    for (int panel = begin; panel < end; panel += kWidePanels) {
+      const int panels = end - panel < kWidePanels ? end - panel : kWidePanels;
+      wide_panels(w, panel, panels, quant, rows, row == 0, result, kResult);
+      if (args.up) wide_panels(*args.up, panel, panels, quant, rows, row == 0, up, kResult);
+      for (int p = 0; p < panels; ++p) {
+        const float *of_gate = result + p * kResult, *of_up = args.up ? up + p * kResult : nullptr;
+        const int at = (panel + p) % 4, done = panel + p + 1;
         if (!args.handed) {
-          finish(args, panel, row, rows, result, args.up ? up : nullptr);
+          finish(args, panel + p, row, rows, of_gate, of_up);
           continue;
         }
-        finish(args, panel, row, rows, result, args.up ? up : nullptr, pair + panel % 2 * 16, 32);
-        if (panel % 2) quantise_columns(pair, args.handed->from(row, rows), panel / 2);
+        finish(args, panel + p, row, rows, of_gate, of_up, four + at * 16, 64);
+        if (at == 3 || done == w.panels)
+          quantise_wide_columns(four, done % 4 == 2 ? 32 : 64, args.handed->from(row, rows), (panel + p) / 4);
       }
     }
-  }
+  });
 }
 
 struct FloatPanel {
@@ -495,6 +723,8 @@ inline void linear_float(const LinearArgs& args, int first, int last, float* res
 inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
   float *result = scratch, *up = result + kRowChunk * 16;
   float* after = up + kRowChunk * 16;
+  if (args.integer && args.weight->wide() && (args.weight->inputs == Inputs::By64 || args.rows > kStreaming))
+    return linear_wide(args, first, last, scratch);
   if (args.integer) return linear_int(args, first, last, result, up, after);
   linear_float(args, first, last, result, up, after);
 }
@@ -553,14 +783,24 @@ MIAOTUI_INLINE int32_t quantise_group(const float* x, int left, float most, cons
   return static_cast<int32_t>(low + high);
 }
 
-// Dynamic int8, symmetric: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)), per 32 elements or by token.
-inline void quantise(const float* x, int k, const QuantRows& to, int row, bool by_token) {
+// Dynamic int8, symmetric: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)), per 32 or 64 elements or by
+// token.
+inline void quantise(const float* x, int k, const QuantRows& to, int row, Inputs inputs) {
   int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
   while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
   const QuantRows tile = to.from(begin, m);
   row -= begin;
   const int groups = to.k_pad / 32, whole = k / 32;
-  if (by_token) {
+  if (inputs == Inputs::By64) {
+    int g = 0;
+    for (; g + 4 <= k / 64; g += 4)
+      quantise_wide_four(x + g * 64, 64, [&](int i, float most, const F16x(&q)[4], float sum) {
+        put_wide_group(tile, g + i, m, row, most, q, sum);
+      });
+    for (; g * 2 < groups; ++g) quantise_wide_group(x + g * 64, k - g * 64 < 64 ? k - g * 64 : 64, tile, g, m, row);
+    return;
+  }
+  if (inputs == Inputs::ByToken) {
     const float most = most_of(x, k);
     int32_t sum = 0;
     for (int g = 0; g < groups; ++g) sum += quantise_group(x + g * 32, k - g * 32, most, tile, g, m, row);

@@ -13,7 +13,7 @@ namespace {
 #include "exp_impl.h"
 #include "kernels_impl.h"
 
-constexpr Kernels table{"portable", linear, norm, quantise, activate, dequantise_row};
+constexpr Kernels table{"portable", linear, norm, quantise, activate, dequantise_row, widen};
 
 }  // namespace
 }  // namespace kernels_in_portable

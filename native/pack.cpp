@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 namespace miaotui {
 namespace {
@@ -184,6 +185,30 @@ PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::s
           put_nibbles(block + head, to.codes);
       }
     }
+  });
+  return packed;
+}
+
+PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const PackedWeight& weight) {
+  const Weight& from = weight.view;
+  PackedWeight packed;
+  Weight& w = packed.view;
+  if (from.code == Code::INT8 && from.groups == 1 && from.fold == 32 && !from.has_min) {
+    packed = weight;
+    w.inputs = Inputs::By64;
+    return packed;
+  }
+  w.code = Code::INT8;
+  w.scale_type = ScaleType::F32;
+  w.inputs = Inputs::By64;
+  w.n = from.n, w.k = from.k, w.k_pad = from.k_pad, w.groups = 1;
+  w.folds_per_group = w.k_pad / w.fold;
+  lay_out(packed, heap);
+  for_panels(pool, w.panels, [&](int p) {
+    std::vector<float> values(static_cast<size_t>(w.k_pad) * kRowsPerPanel + 16);
+    kernels.widen(from, p, reinterpret_cast<float*>(round_up(reinterpret_cast<uintptr_t>(values.data()), 64)),
+                  mutable_bytes(w.codes) + p * w.panel_bytes,
+                  reinterpret_cast<float*>(mutable_bytes(w.scales) + p * w.panel_scale_bytes));
   });
   return packed;
 }

@@ -30,6 +30,10 @@ PackedWeight pack_dense(Pool& pool, Heap& heap, const void* data, Code code, int
 PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::string& kind, int n, int k,
                        size_t row_bytes);
 
+// Integer weights as INT8 with one scale a row, for inputs quantised by 64: scale = max|w| / 127, code =
+// round-half-even(w * (127 / max|w|)). Weights that are so already keep their codes, and their memory.
+PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const PackedWeight& from);
+
 // Codes [n, k] one to a byte, scale (and minimum, or null) [n, groups] float32. `group` divides by 16.
 // Scales are stored as scale_type, in which they must be exact.
 PackedWeight pack_grouped(Pool& pool, Heap& heap, const uint8_t* codes, const float* scale, const float* minimum,

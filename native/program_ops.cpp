@@ -130,7 +130,7 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
       std::memcpy(kept, x, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + padded, 0.0f);
     }
-    if (any_integer()) c.kernels->quantise(x, k, to.quant, t, parts[0].weight->by_token);
+    if (any_integer()) c.kernels->quantise(x, k, to.quant, t, weight_of(c, parts[0]).inputs);
   }
 }
 
@@ -138,14 +138,15 @@ size_t LinearOp::handed_bytes(const Limits& limits) const {
   return hands_on ? PreparedRows::bytes(limits.max_tokens, static_cast<int>(out.width), false, true) : 0;
 }
 
-// The same memory goes to the same thread at every step. Panels whose results are handed on go in pairs: 32 columns.
+// The same memory goes to the same thread at every step. Panels whose results are handed on go by whole groups of
+// columns: 32, or 64 where the next linear's weights are recoded.
 void LinearOp::share(const Context& c, int thread, int& first, int& last) const {
   int total = 0;
   for (const Part& part : parts) total += part.weight->panels;
   if (gated) total = parts[0].weight->panels;
-  const int unit = hands_on ? 2 : 1;
-  share_of(total / unit, thread, c.threads, first, last);
-  first *= unit, last *= unit;
+  const int unit = !hands_on ? 1 : wide(c) ? 4 : 2;
+  share_of((total + unit - 1) / unit, thread, c.threads, first, last);
+  first *= unit, last = std::min(last * unit, total);
 }
 
 void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
@@ -164,11 +165,11 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
     const int from_panel = std::max(first - begin, 0), to_panel = std::min(last - begin, part.weight->panels);
     begin += part.weight->panels;
     if (from_panel >= to_panel) continue;
-    args.weight = part.weight;
+    args.weight = &weight_of(c, part);
     args.integer = quantised && part.weight->integer();
     args.act = act;
     if (gated) {
-      args.up = parts[1].weight;
+      args.up = &weight_of(c, parts[1]);
       args.up_bias = or_null(parts[1].bias);
     }
     args.epilogue.bias = or_null(part.bias);
@@ -183,18 +184,18 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
 }
 
 void LinearOp::prefetch(const Context& c, int thread) const {
-  if (c.step.tokens > kPreparedByEach) return;
+  const size_t ahead = c.step.tokens > kPreparedByEach ? kAheadOfMany : kAhead;
   int first, last, begin = 0;
   share(c, thread, first, last);
   for (const Part& part : parts) {
-    const Weight& w = *part.weight;
+    const Weight& w = weight_of(c, part);
     if (gated) begin = 0;
     if (first >= begin && first < begin + w.panels) {
       const size_t panel = static_cast<size_t>(first - begin), there = static_cast<size_t>(w.panels) - panel;
-      const size_t bytes = std::min(there * w.panel_bytes, kAhead);
+      const size_t bytes = std::min(there * w.panel_bytes, ahead);
       const uint8_t* codes = w.codes + panel * w.panel_bytes;
       for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
-      const size_t scales = std::min(there * w.panel_scale_bytes, kAhead / 8);
+      const size_t scales = std::min(there * w.panel_scale_bytes, ahead / 8);
       for (size_t i = 0; i < scales; i += 64) {
         __builtin_prefetch(w.scales + panel * w.panel_scale_bytes + i, 0, 2);
         if (w.has_min) __builtin_prefetch(w.mins + panel * w.panel_scale_bytes + i, 0, 2);
@@ -324,7 +325,7 @@ void ExpertsOp::prepare(const Context& c, const Work& w, const PreparedRows& to,
       float* kept = const_cast<float*>(to.x) + i * to.x_stride;
       std::memcpy(kept, row, sizeof(float) * static_cast<size_t>(k));
       std::fill(kept + k, kept + to.x_stride, 0.0f);
-      c.kernels->quantise(row, k, quant, i - begin, (gathered ? gate : down)[0]->by_token);
+      c.kernels->quantise(row, k, quant, i - begin, (gathered ? gate : down)[0]->inputs);
     }
   }
 }

@@ -10,8 +10,11 @@ namespace miaotui {
 // Up to this many rows every thread prepares (norms, quantises) them for itself, which is cheaper than a barrier.
 constexpr int kPreparedByEach = 4;
 
+// From so many rows on a linear multiplies the recoded weights, if it has them.
+constexpr int kWideFrom = 16;
+
 // Bytes of a linear's weights that each thread asks for ahead, when few rows make the step wait for memory.
-constexpr size_t kAhead = 32 << 10;
+constexpr size_t kAhead = 32 << 10, kAheadOfMany = (48 << 10);
 
 // Input rows in the forms that kernels read: float32 padded to k_pad, quantised, or both.
 struct PreparedRows {
@@ -67,6 +70,7 @@ struct ActivateOp : Op {
 struct LinearOp : Op {
   struct Part {
     const Weight* weight = nullptr;
+    const Weight* wide = nullptr;  // integers recoded for steps of kWideFrom rows and more; null in all parts if in one
     std::vector<float> bias;
     int64_t column = 0;  // where its rows begin in out
   };
@@ -93,11 +97,13 @@ struct LinearOp : Op {
 
  private:
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }
+  bool wide(const Context& c) const { return parts[0].wide && rows(c) >= kWideFrom; }
   bool any_integer() const;
   bool any_float() const;
   bool float_rows() const;  // whether float rows must be written (normed, permuted or padded) rather than read in place
   bool prepares(const Context&) const { return !handed && (any_integer() || float_rows()); }
   void share(const Context& c, int thread, int& first, int& last) const;  // of all parts' panels, counted through
+  const Weight& weight_of(const Context& c, const Part& part) const { return wide(c) ? *part.wide : *part.weight; }
   int k_pad() const { return parts[0].weight->k_pad; }
   PreparedRows prepared_in(uint8_t* memory, int rows) const;
   size_t prepared_bytes(int rows) const;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace miaotui {
@@ -185,6 +186,19 @@ Weights& scratch() {
 }
 
 }  // namespace
+
+int likeliest(const SamplingKernels& kernels, const float* row, int n) {
+  constexpr int kStretch = 1024;
+  float best = -std::numeric_limits<float>::infinity();
+  int begin = 0;
+  for (int i = 0; i < n; i += kStretch) {
+    const float most = kernels.largest(row + i, std::min(kStretch, n - i));
+    if (most > best) best = most, begin = i;
+  }
+  for (int i = begin; i < std::min(n, begin + kStretch); ++i)
+    if (row[i] == best) return i;
+  return begin;  // nothing is greater than -inf
+}
 
 int draw(const SamplingKernels& kernels, const float* row, int n, const Control& control) {
   Weights& weights = scratch();

@@ -26,6 +26,9 @@ const SamplingKernels* sampling_kernels_avx2();
 const SamplingKernels* sampling_kernels_avx512();
 #endif
 
+// The greatest of the row, of equals the first; what is not a number is passed over.
+int likeliest(const SamplingKernels& kernels, const float* row, int n);
+
 // One draw. top_k 0 and top_p 1 and min_p 0 keep everything; `uniform` in [0, 1).
 struct Control {
   float inverse_temperature = 1.0f;

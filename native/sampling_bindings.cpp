@@ -48,21 +48,46 @@ void check_lengths(size_t count, const Arrays&... arrays) {
   if (((arrays.shape(0) != count) || ...)) throw std::invalid_argument("the arrays differ in length");
 }
 
-void draw_rows(Rows logits, In<int32_t> rows, In<float> inverse_temperature, In<int32_t> top_k, In<double> top_p,
-               In<float> min_p, In<double> uniform, Out1<int32_t> tokens, const std::string& isa) {
+// f(i) for every i below `count`, on the pool's threads or the caller's.
+template <typename F>
+void for_rows(Pool* pool, size_t count, F&& f) {
+  if (!pool) {
+    for (size_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  pool->each([&](int thread) {
+    int first, last;
+    share_of(static_cast<int>(count), thread, pool->threads(), first, last);
+    for (int i = first; i < last; ++i) f(static_cast<size_t>(i));
+  });
+}
+
+void likeliest_rows(Pool* pool, Rows logits, In<int32_t> rows, Out1<int32_t> tokens, const std::string& isa) {
+  check(logits, rows);
+  check_lengths(rows.shape(0), tokens);
+  const SamplingKernels& kernels = kernels_for(isa);
+  nb::gil_scoped_release release;
+  for_rows(pool, rows.shape(0), [&](size_t i) {
+    const float* row = logits.data() + rows.data()[i] * logits.stride(0);
+    tokens.data()[i] = likeliest(kernels, row, static_cast<int>(logits.shape(1)));
+  });
+}
+
+void draw_rows(Pool* pool, Rows logits, In<int32_t> rows, In<float> inverse_temperature, In<int32_t> top_k,
+               In<double> top_p, In<float> min_p, In<double> uniform, Out1<int32_t> tokens, const std::string& isa) {
   check(logits, rows);
   check_lengths(rows.shape(0), inverse_temperature, top_k, top_p, min_p, uniform, tokens);
   const SamplingKernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
-  for (size_t i = 0; i < rows.shape(0); ++i) {
+  for_rows(pool, rows.shape(0), [&](size_t i) {
     const Control control{inverse_temperature.data()[i], top_k.data()[i], top_p.data()[i], min_p.data()[i],
                           uniform.data()[i]};
     tokens.data()[i] =
         draw(kernels, logits.data() + rows.data()[i] * logits.stride(0), static_cast<int>(logits.shape(1)), control);
-  }
+  });
 }
 
-void score_rows(Rows logits, In<int32_t> rows, In<int32_t> tokens, Out1<double> logprob, Out1<int32_t> rank,
+void score_rows(Pool* pool, Rows logits, In<int32_t> rows, In<int32_t> tokens, Out1<double> logprob, Out1<int32_t> rank,
                 Out2<int32_t> ids, Out2<double> logprobs, const std::string& isa) {
   check(logits, rows);
   check_lengths(rows.shape(0), tokens, logprob, rank, ids, logprobs);
@@ -72,18 +97,22 @@ void score_rows(Rows logits, In<int32_t> rows, In<int32_t> tokens, Out1<double> 
     if (tokens.data()[i] < 0 || static_cast<size_t>(tokens.data()[i]) >= n) throw std::out_of_range("no such token");
   const SamplingKernels& kernels = kernels_for(isa);
   nb::gil_scoped_release release;
-  for (size_t i = 0; i < rows.shape(0); ++i)
+  for_rows(pool, rows.shape(0), [&](size_t i) {
     score(kernels, logits.data() + rows.data()[i] * logits.stride(0), static_cast<int>(n), tokens.data()[i],
           static_cast<int>(top), logprob.data() + i, rank.data() + i, ids.data() + i * top, logprobs.data() + i * top);
+  });
 }
 
 }  // namespace
 
 void bind_sampling(nb::module_& m) {
-  m.def("draw_rows", &draw_rows, "logits"_a, "rows"_a, "inverse_temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
-        "uniform"_a, "tokens"_a, "isa"_a, "A token for each of `rows` of logits, into `tokens`.");
-  m.def("score_rows", &score_rows, "logits"_a, "rows"_a, "tokens"_a, "logprob"_a, "rank"_a, "ids"_a, "logprobs"_a,
-        "isa"_a, "Log-probability and rank of a token of each row, and the likeliest ones, into the last four.");
+  m.def("likeliest_rows", &likeliest_rows, "pool"_a.none(), "logits"_a, "rows"_a, "tokens"_a, "isa"_a,
+        "The greatest of each of `rows` of logits, of equals the first, into `tokens`.");
+  m.def("draw_rows", &draw_rows, "pool"_a.none(), "logits"_a, "rows"_a, "inverse_temperature"_a, "top_k"_a, "top_p"_a,
+        "min_p"_a, "uniform"_a, "tokens"_a, "isa"_a, "A token for each of `rows` of logits, into `tokens`.");
+  m.def("score_rows", &score_rows, "pool"_a.none(), "logits"_a, "rows"_a, "tokens"_a, "logprob"_a, "rank"_a, "ids"_a,
+        "logprobs"_a, "isa"_a,
+        "Log-probability and rank of a token of each row, and the likeliest ones, into the last four.");
 }
 
 }  // namespace miaotui

@@ -1,6 +1,7 @@
 // Sixteen lanes as two 256-bit registers (AVX2, FMA, F16C). See simd_portable.h for the meanings.
 
 constexpr int kMaxTile = 3;
+constexpr int kWideRows = kMaxTile, kWidePanels = 1;
 
 struct F16x {
   __m256 a, b;
@@ -110,12 +111,19 @@ MIAOTUI_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(part, ones));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(offset, _mm256_set1_epi16(2)));
 }
-template <bool WIDE>
-MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
+using Spread = __m256i;
+MIAOTUI_INLINE Spread spread(const int8_t* a) {
   int32_t four;
   std::memcpy(&four, a, 4);
-  const __m256i x = _mm256_set1_epi32(four);
+  return _mm256_set1_epi32(four);
+}
+template <bool WIDE>
+MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
+  const Spread x = spread(a);
   return {dot4_half<WIDE>(acc.a, w.a, x), dot4_half<WIDE>(acc.b, w.b, x)};
+}
+MIAOTUI_INLINE I16x dot4_wide(I16x acc, Bytes w, Spread a) {
+  return {dot4_half<true>(acc.a, w.a, a), dot4_half<true>(acc.b, w.b, a)};
 }
 template <int J>
 MIAOTUI_INLINE F16x byte_lane(Bytes x) {

@@ -1,6 +1,7 @@
 // Sixteen lanes as one 512-bit register (AVX-512 F, BW, VL, DQ, VNNI). See simd_portable.h for the meanings.
 
 constexpr int kMaxTile = 12;
+constexpr int kWideRows = 6, kWidePanels = 2;  // of a tile whose integers are seldom folded
 
 using F16x = __m512;
 using I16x = __m512i;
@@ -80,6 +81,16 @@ MIAOTUI_INLINE Bytes high_nibbles(Bytes a) { return _mm512_and_si512(_mm512_srli
 template <bool WIDE>
 MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(a)));
+  return acc;
+}
+using Spread = __m512i;  // four inputs in every lane
+MIAOTUI_INLINE Spread spread(const int8_t* a) {
+  Spread r;
+  __asm__("vpbroadcastd %1, %0" : "=v"(r) : "m"(*reinterpret_cast<const int32_t*>(a)));
+  return r;
+}
+MIAOTUI_INLINE I16x dot4_wide(I16x acc, Bytes w, Spread a) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
   return acc;
 }
 template <int J>

@@ -2,6 +2,7 @@
 // Included inside a per-instruction-set namespace, so that no inline function is shared between them.
 
 constexpr int kMaxTile = 2;
+constexpr int kWideRows = kMaxTile, kWidePanels = 1;
 
 struct F16x {  // sixteen float32 lanes
   float v[16];
@@ -141,6 +142,10 @@ inline I16x dot4(I16x acc, Bytes w, const int8_t* a) {
   MIAOTUI_LANES acc.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
   return acc;
 }
+// Four inputs for every row, and their product with codes that may exceed 127.
+using Spread = const int8_t*;
+inline Spread spread(const int8_t* a) { return a; }
+inline I16x dot4_wide(I16x acc, Bytes w, Spread a) { return dot4<true>(acc, w, a); }
 // Byte j of each lane as a float.
 template <int J>
 inline F16x byte_lane(Bytes a) {

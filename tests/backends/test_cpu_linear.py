@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from miaotui.backends.cpu import _native
 from miaotui.backends.cpu.weights import Matrix, matrix
+from miaotui.backends.reference.weights import recoded
 from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
@@ -38,10 +40,10 @@ def stored(kind: str, n: int, k: int, rng: np.random.Generator) -> Tensor:
     return GroupedTensor(scheme, codes, scale, minimum, by_token=kind.endswith("-token"))
 
 
-def quantised(x: NDArray[np.float32], by_token: bool) -> NDArray[np.float64]:
-    """int8 per 32 neighbours, or by token, as the fast path sees x."""
+def quantised(x: NDArray[np.float32], by_token: bool, group: int = 32) -> NDArray[np.float64]:
+    """int8 per `group` neighbours, or by token, as the fast path sees x."""
     width = x.shape[1]
-    groups = x[:, None] if by_token else np.pad(x, ((0, 0), (0, -width % 32))).reshape(x.shape[0], -1, 32)
+    groups = x[:, None] if by_token else np.pad(x, ((0, 0), (0, -width % group))).reshape(x.shape[0], -1, group)
     most = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.where(most > 0, np.float32(127) / np.where(most > 0, most, 1), 0).astype(np.float32)
     codes = np.rint(groups * inverse).astype(np.float64)
@@ -57,13 +59,14 @@ class LinearProgram:
         pool = _native.Pool(threads)
         count, width = rows.shape
         self.count, self.height = count, weight.height
-        self.program = _native.Program(pool, isa, count, 1, 1, 64, 2 * count * (width + 2 * weight.height) + 64)
+        before, after = _native.row_stride(width), _native.row_stride(weight.height)
+        self.program = _native.Program(pool, isa, count, 1, 1, 64, 2 * count * (before + 2 * after) + 64)
         table = matrix(pool, _native.Heap(), DenseTensor("float32", rows))
-        self.out = (-(-count * width // 16) * 16, weight.height)
+        self.out = (-(-count * before // 16) * 16, weight.height)
         given: dict[str, object] = {
             "biases": [None], "norm_weight": None, "norm_bias": None, "norm_eps": 0.0, "norm_layer": False,
             "add": None, "scale": 1.0, "softcap": 0.0, "act": "none", "gated": False, "quantised": True,
-            "of_logits": False, "perm": None, "hands_on": False, "handed": False,
+            "of_logits": False, "perm": None, "hands_on": False, "handed": False, "wide": [],
             "weights": [weight.packed], "columns": [0],
         }  # fmt: skip
         given.update(options)
@@ -117,6 +120,53 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(isa: str, kind:
         for begin, end, threads in [(0, 1, 1), (3, 5, 2), (7, 12, 1), (11, 24, 3)]:
             part = LinearProgram(isa, x[begin:end], weight, threads, quantised=compute).run()
             assert np.array_equal(part, whole[begin:end]), (begin, end)
+
+
+def widened(isa: str, weight: Matrix) -> list[_native.PackedWeight]:
+    return [_native.PackedWeight.wide(_native.Pool(2), _native.Heap(), weight.packed, isa)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "w" and "token" not in kind])
+def test_recoded_weights_meet_many_rows(isa: str, kind: str) -> None:
+    """int8 with one scale a row against inputs quantised by 64, from 16 rows on; as it was below."""
+    rng = np.random.default_rng(5)
+    for (n, k), rows in zip(SHAPES, [16, 17, 61, 33, 29, 36], strict=True):
+        tensor, x = stored(kind, n, k, rng), rng.standard_normal((rows, k)).astype(np.float32)
+        weight = packed(tensor)
+        wide = recoded(tensor, torch.from_numpy(tensor.dense32()))
+        assert wide is not None
+        seen, w = quantised(x, False, 64), wide.double().numpy()
+        got = LinearProgram(isa, x, weight, wide=widened(isa, weight)).run()
+        assert np.all(np.abs(got - seen @ w.T) <= 1e-5 * (np.abs(seen) @ np.abs(w).T) + 1e-6), (n, k, rows)
+        few = LinearProgram(isa, x[:15], weight, wide=widened(isa, weight)).run()
+        assert np.array_equal(few, LinearProgram(isa, x[:15], weight).run())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_recoded_weights_give_a_row_the_same_bits_in_any_large_batch(isa: str) -> None:
+    rng = np.random.default_rng(6)
+    weight, x = packed(stored("w4g32", 50, 160, rng)), rng.standard_normal((61, 160)).astype(np.float32)
+    wide = widened(isa, weight)
+    whole = LinearProgram(isa, x, weight, wide=wide).run()
+    for begin, end, threads in [(0, 16, 1), (3, 20, 2), (30, 61, 3)]:
+        part = LinearProgram(isa, x[begin:end], weight, threads, wide=wide).run()
+        assert np.array_equal(part, whole[begin:end]), (begin, end)
+
+
+def test_recoding_keeps_codes_that_have_one_scale_a_row() -> None:
+    weight = packed(stored("w8channel", 40, 96, np.random.default_rng(7)))
+    assert np.array_equal(widened(ISAS[0], weight)[0].dequantise(), weight.packed.dequantise())
+
+
+def test_what_cannot_be_recoded_is_refused() -> None:
+    rng = np.random.default_rng(8)
+    for kind in ("float32", "w8channel-token"):
+        with pytest.raises(ValueError, match="only integer weights"):
+            widened(ISAS[0], packed(stored(kind, 16, 32, rng)))
+    weight, other = packed(stored("w4g32", 16, 32, rng)), packed(stored("w4g32", 32, 32, rng))
+    with pytest.raises(ValueError, match="another matrix"):
+        LinearProgram(ISAS[0], np.zeros((1, 32), np.float32), weight, wide=widened(ISAS[0], other))
 
 
 @pytest.mark.parametrize("isa", ISAS)

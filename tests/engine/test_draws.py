@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from miaotui.backends.cpu._native import Pool
 from numpy.typing import NDArray
 
 from miaotui.engine.draws import NumpyDraws, draw
@@ -56,7 +58,7 @@ def test_native_draws_are_numpys(isa: str, n: int) -> None:
     logits = rows(rng, n)
     asked = [(r, params, float(u)) for r in range(len(logits)) for params in CONTROLS for u in (0.0, *rng.random(2))]
     at, params, uniforms = (list(column) for column in zip(*asked, strict=True))
-    found = native_draws.NativeDraws(isa).draw(logits, at, params, uniforms)
+    found = native_draws.NativeDraws(isa=isa).draw(logits, at, params, uniforms)
     wanted = NumpyDraws().draw(logits, at, params, uniforms)
     different = [i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]]
     assert len(different) < len(asked) / 200
@@ -72,7 +74,7 @@ def test_native_scores_are_numpys(isa: str, n: int) -> None:
     at = [r for r in range(len(logits)) for _ in range(5)]
     tokens = rng.integers(0, n, len(at)).tolist()
     for top in sorted({0, 1, min(5, n), min(100, n), n}):
-        found = native_draws.NativeDraws(isa).score(logits, at, tokens, top)
+        found = native_draws.NativeDraws(isa=isa).score(logits, at, tokens, top)
         for one, other in zip(found, NumpyDraws().score(logits, at, tokens, top), strict=True):
             assert one.rank == other.rank
             assert one.logprob == pytest.approx(other.logprob, abs=1e-6)
@@ -87,7 +89,7 @@ def test_what_is_not_a_number_is_survived(isa: str) -> None:
     logits[2, 3] = np.inf
     at = [0, 1, 2] * len(CONTROLS)
     params = [p for p in CONTROLS for _ in range(3)]
-    tokens = native_draws.NativeDraws(isa).draw(logits, at, params, [0.5] * len(at))
+    tokens = native_draws.NativeDraws(isa=isa).draw(logits, at, params, [0.5] * len(at))
     assert all(0 <= token < 100 for token in tokens)
 
 
@@ -101,3 +103,17 @@ def test_rows_outside_are_refused() -> None:
         draws.score(logits, [0], [8], 1)
     with pytest.raises(ValueError, match="close"):
         draws.draw(np.zeros((2, 16), np.float32)[:, ::2], [0], [SamplingParams()], [0.5])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_likeliest_are_numpys(isa: str, threads: int) -> None:
+    rng = np.random.default_rng(9)
+    draws = native_draws.NativeDraws(SimpleNamespace(pool=Pool(threads)), isa)
+    for n in (1, 15, 1024, 5000):
+        logits = rng.integers(-30, 30, (7, n)).astype(np.float32)  # with ties
+        logits[3] = -np.inf
+        for at in (list(range(7)), [5, 0, 5]):
+            assert draws.likeliest(logits, at) == NumpyDraws().likeliest(logits, at)
+    with pytest.raises(IndexError):
+        draws.likeliest(np.zeros((2, 8), np.float32), [2])

@@ -48,6 +48,7 @@ class ToyExecutor:
     """Keeps the contract of `backends.ops.Executor` and checks that the engine keeps its side."""
 
     weight_bytes = 1000
+    pool = None
     block_bytes = BLOCK_SIZE * 4
     cache_format = "toy"
 

@@ -22,7 +22,7 @@ B = TypeVar("B")
 """A backend's buffer."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-ComputeType = Literal["auto", "fp32"]
+ComputeType = Literal["auto", "fp32", "int8-batch"]
 CacheType = Literal["fp32", "bf16", "int8"]
 
 BLOCK_SIZE = 16
@@ -216,6 +216,9 @@ class Executor(Protocol):
     same `cache_format` may exchange blocks."""
 
     shape: StepShape
+
+    pool: Any
+    """The threads that run its steps, which are free between them; None where they are nobody else's to use."""
 
     def free_memory(self) -> int:
         """Bytes that are free where the cache will lie."""

@@ -42,8 +42,9 @@ class Size(click.ParamType[int]):
 
 ENGINE = {
     "compute": click.option(
-        "--compute", type=click.Choice(["auto", "fp32"]), default="auto", show_default=True,
-        help="auto: integer weights meet activations in int8; fp32: the exact path.",
+        "--compute", type=click.Choice(["auto", "fp32", "int8-batch"]), default="auto", show_default=True,
+        help="auto: integer weights meet activations in int8; int8-batch: 16 rows and more meet weights recoded to "
+        "int8, which is faster, takes memory for both and costs some quality; fp32: the exact path.",
     ),
     "kv_cache_dtype": click.option(
         "--kv-cache-dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,

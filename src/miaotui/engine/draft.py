@@ -32,7 +32,7 @@ class DraftProposer:
         executor.allocate_cache(blocks)
         self._executor = executor
         self._vocab_size = vocab_size
-        self._sampler = Sampler(best_draws(), str)
+        self._sampler = Sampler(best_draws(executor), str)
         self._batch = Batch(shape)
         seats = min(shape.max_seqs, shape.max_logits_rows)
         # No prefix is looked up: blocks that drafts were written to must not be found by what was rejected.

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from miaotui.backends.ops import Executor
 from miaotui.engine.params import SamplingParams
 
 Row = NDArray[np.float32]
@@ -30,6 +31,10 @@ class Score(NamedTuple):
 
 
 class Draws(Protocol):
+    def likeliest(self, logits: Logits, rows: Many[int]) -> list[int]:
+        """The greatest of each of `rows` of logits [rows, vocabulary], of equals the first."""
+        ...
+
     def draw(self, logits: Logits, rows: Many[int], params: Many[SamplingParams], uniforms: Many[float]) -> list[int]:
         """A token for each of `rows` of logits [rows, vocabulary]: see `draw` below."""
         ...
@@ -42,6 +47,9 @@ class Draws(Protocol):
 class NumpyDraws:
     """Row by row."""
 
+    def likeliest(self, logits: Logits, rows: Many[int]) -> list[int]:
+        return [int(logits[row].argmax()) for row in rows]
+
     def draw(self, logits: Logits, rows: Many[int], params: Many[SamplingParams], uniforms: Many[float]) -> list[int]:
         return [draw(logits[row], p, u) for row, p, u in zip(rows, params, uniforms, strict=True)]
 
@@ -49,13 +57,13 @@ class NumpyDraws:
         return [score(logits[row], token, top) for row, token in zip(rows, tokens, strict=True)]
 
 
-def best_draws() -> Draws:
-    """The native version where it is built, else numpy's."""
+def best_draws(executor: Executor | None = None) -> Draws:
+    """The native version where it is built, on the executor's threads, else numpy's."""
     try:
         from miaotui.engine.native_draws import NativeDraws
     except ImportError:
         return NumpyDraws()
-    return NativeDraws()
+    return NativeDraws(executor)
 
 
 def draw(row: Row, params: SamplingParams, u: float) -> int:

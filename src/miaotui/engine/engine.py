@@ -97,7 +97,7 @@ class Engine:
         )
         self._scheduler = Scheduler(self._blocks, limits)
         self._batch = Batch(shape)
-        self._sampler = Sampler(best_draws(), self._name)
+        self._sampler = Sampler(best_draws(executor), self._name)
         self._publisher = Publisher(tokenizer)
         self._grammars = Grammars(tokenizer, executor.vocab_size, config.eos_token_ids)
         self._branches = Branches(self._scheduler, executor, self._prepare)

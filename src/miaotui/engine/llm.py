@@ -40,7 +40,7 @@ class LLM:
         self,
         model: str,
         *,
-        compute: Literal["auto", "fp32"] = "auto",
+        compute: Literal["auto", "fp32", "int8-batch"] = "auto",
         kv_cache_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto",
         kv_cache_memory_bytes: int | None = None,
         max_model_len: int | None = None,
@@ -60,6 +60,9 @@ class LLM:
         `kv_cache_memory_bytes` is the KV cache's size; None takes what the context can use, of what is free.
         `prefix_cache_file` keeps prefixes that memory has no room for, in `prefix_cache_bytes` at most, also for the
         next process that opens the same model with it.
+        `compute` "auto" multiplies integer weights with activations in int8, "fp32" exactly; "int8-batch" multiplies
+        weights recoded to int8 in steps of 16 rows and more: faster, in the memory of both, at some cost of quality,
+        and a stream's answer may depend on how many others run with it.
         `speculative` guesses tokens and checks them together, which changes no answer: "ngram" repeats what stood there
         before, {"model": …, "num_speculative_tokens": 4} asks a small model of the same tokenizer.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.

@@ -62,7 +62,7 @@ class Sampler:
     def sample(self, logits: Logits, rows: list[int], sequences: Many[Sequence]) -> list[Choice]:
         """The next token of each sequence, from its row of `logits` [rows, vocabulary], which are left as they are."""
         if all(sequence.plain for sequence in sequences):
-            return [Choice(token) for token in _argmax(logits, rows)]
+            return [Choice(token) for token in self._draws.likeliest(logits, rows)]
         plain = [i for i, sequence in enumerate(sequences) if not sequence.processors]
         changed = [i for i, sequence in enumerate(sequences) if sequence.processors]
         tokens = dict(zip(plain, self.pick(logits, _at(rows, plain), _at(sequences, plain)), strict=True))
@@ -83,7 +83,7 @@ class Sampler:
         params = [cast(SamplingParams, sequence.request.params) for sequence in sequences]
         greedy = [i for i, p in enumerate(params) if p.greedy]
         drawn = [i for i, p in enumerate(params) if not p.greedy]
-        picked = dict(zip(greedy, _argmax(logits, _at(rows, greedy)), strict=True))
+        picked = dict(zip(greedy, self._draws.likeliest(logits, _at(rows, greedy)), strict=True))
         if drawn:
             uniforms = [uniform(s.request.seed, s.index, len(s.tokens)) for s in _at(sequences, drawn)]
             tokens = self._draws.draw(logits, _at(rows, drawn), _at(params, drawn), uniforms)
@@ -113,13 +113,6 @@ class Sampler:
 
 def _at(of: Many[T], places: list[int]) -> list[T]:
     return [of[i] for i in places]
-
-
-def _argmax(logits: Logits, rows: list[int]) -> list[int]:
-    if rows != list(range(len(logits))):
-        return [int(logits[row].argmax()) for row in rows]  # without a copy of the others
-    best: list[int] = logits.argmax(axis=1).tolist()
-    return best
 
 
 def _process(rows: Logits, sequences: Many[Sequence]) -> Logits:

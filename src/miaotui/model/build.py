@@ -70,7 +70,8 @@ def load(
     """Load MODEL. Weights are streamed: beside what the backend keeps, one stacked matrix at most is in memory.
 
     device: `cpu` (what `auto` means), `cuda`, or `reference` (PyTorch on the CPU). compute: `fp32` keeps activations
-    exact where `auto` quantises them. kv_cache_dtype: `bf16` (what `auto` means), `fp32`, `int8`.
+    exact where `auto` quantises them; `int8-batch` multiplies recoded weights in steps of many rows.
+    kv_cache_dtype: `bf16` (what `auto` means), `fp32`, `int8`.
     max_model_len: None for what the model's configuration promises. The executor's cache is not allocated yet.
     keep_packed: keep a large model's packed weights on disk, and use those kept by an earlier load.
     beside: an executor of the same device whose threads to share; the two must never run at the same time.
@@ -203,7 +204,7 @@ def _torch(device: str) -> MakeBackend:
 
 BACKENDS: dict[str, MakeBackend] = {"auto": _cpu, "cpu": _cpu, "reference": _torch("cpu"), "cuda": _torch("cuda")}
 CACHE_TYPES: dict[str, CacheType] = {"auto": "bf16", "bf16": "bf16", "fp32": "fp32", "int8": "int8"}
-COMPUTE_TYPES: dict[str, ComputeType] = {"auto": "auto", "fp32": "fp32"}
+COMPUTE_TYPES: dict[str, ComputeType] = {"auto": "auto", "fp32": "fp32", "int8-batch": "int8-batch"}
 
 
 def _choose(name: str, value: str, choices: dict[str, T]) -> T:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miaotui.backends.cpu import _native
-from miaotui.backends.cpu.emit import Emitter, Place
+from miaotui.backends.cpu.emit import Emitter, Place, Widen
 from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
 from miaotui.backends.cpu.ops import CpuOps
 from miaotui.backends.cpu.plan import fused, place, split_inputs
@@ -23,9 +23,11 @@ class CpuBackend:
     """Native kernels on `threads` threads (default: the physical cores this process may use).
 
     compute "auto" multiplies integer weights with activations quantised to int8, per 32 elements or, where
-    the checkpoint says so (w8a8), by token; "fp32" computes everything in float32, exactly as stored. `isa`
-    names an instruction set of `_native.isas()` (default: the best). `beside` lends its threads: the two
-    executors must never run at the same time.
+    the checkpoint says so (w8a8), by token. "int8-batch" does so in steps of few rows; linears of 16 rows and
+    more multiply a second copy of the weights, recoded to int8 with one scale a row, with activations quantised
+    per 64 elements. "fp32" computes everything in float32, exactly as stored. `isa` names an instruction set of
+    `_native.isas()` (default: the best). `beside` lends its threads: the two executors must never run at the
+    same time.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class CpuBackend:
             raise UsageError(f"{threads} threads cannot compute anything.", "Give --threads a positive number.")
         self.shape = shape
         self.cache = cache
-        self._quantised = compute == "auto"
+        self._quantised = compute != "fp32"
+        self._wide = compute == "int8-batch"
         self._isa = isa or _native.isas()[0]
         self._fuse = fuse
         self._pool = beside.pool if beside is not None else _native.Pool(threads or detect.usable_cores())
@@ -77,14 +80,22 @@ class CpuBackend:
             cos, sin = (lasting[2 * index], half), (lasting[2 * index + 1], half)
             program.angles(np.ascontiguousarray(rope.inv_freq, dtype=np.float32), rope.factor, cos, sin)
             turns[rope] = (cos, sin)
-        emitter = Emitter(program, places, turns, self.cache.type, self._quantised)
+        emitter = Emitter(program, places, turns, self.cache.type, self._quantised, self._widen())
         ops = split_inputs(nodes)
         for node, parts in ops:
             emitter.emit(node, parts)
         program.finish()
-        cache_format = f"cpu {self._isa} {self.cache.type} quantised={self._quantised} fuse={self._fuse} {_build()}"
+        ways = f"quantised={self._quantised} wide={self._wide} fuse={self._fuse}"
+        cache_format = f"cpu {self._isa} {self.cache.type} {ways} {_build()}"
         work = [(0, 0, False)] * len(ropes) + [_op_weights(node, parts) for node, parts in ops]
         return CpuExecutor(program, (places.offset[logits], logits.width), rows, work, cache_format, self._pool)
+
+    def _widen(self) -> Widen | None:
+        """Recodes weights one after another into memory of their own, in the order of the step."""
+        if not self._wide:
+            return None
+        heap = _native.Heap()
+        return lambda weight: _native.PackedWeight.wide(self._pool, heap, weight, self._isa)
 
 
 class CpuExecutor:

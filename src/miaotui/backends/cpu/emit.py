@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from miaotui.backends.cpu._native import CacheShape, Program
+from miaotui.backends.cpu._native import CacheShape, PackedWeight, Program
 from miaotui.backends.cpu.nodes import (
     ActivateNode,
     AttentionNode,
@@ -19,10 +21,13 @@ from miaotui.backends.cpu.nodes import (
     Value,
 )
 from miaotui.backends.cpu.plan import Places
+from miaotui.backends.cpu.weights import INTEGER
 from miaotui.backends.ops import CacheType, NormWeight, Rope
 
 Place = tuple[int, int]
 """Offset in the arena in floats, and width."""
+
+Widen = Callable[[PackedWeight], PackedWeight]
 
 
 class Emitter:
@@ -35,12 +40,14 @@ class Emitter:
         ropes: dict[Rope, tuple[Place, Place]],
         cache: CacheType,
         quantised: bool,
+        widen: Widen | None,
     ) -> None:
         self.program = program
         self.places = places
         self.ropes = ropes
         self.cache = cache
         self.quantised = quantised
+        self.widen = widen
 
     def emit(self, node: Node, parts: list[int]) -> None:
         match node:
@@ -100,8 +107,16 @@ class Emitter:
             perm=chosen[0].perm,
             hands_on=node.hands_on,
             handed=node.handed,
+            wide=self._wide([part.packed for part in chosen], node.exact),
             out=self._at(node.output),
         )
+
+    def _wide(self, weights: list[PackedWeight], exact: bool) -> list[PackedWeight]:
+        """The weights once more, integers recoded for many rows, where that was asked for and helps."""
+        integers = [w for w in weights if w.code in INTEGER]
+        if self.widen is None or exact or not integers or any(w.by_token for w in integers):
+            return []
+        return [self.widen(w) if w.code in INTEGER else w for w in weights]
 
     def _cache_shape(self, node: RopeNode | AttentionNode) -> CacheShape:
         a = node.attention

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+from miaotui.backends.cpu._native import row_stride
 from miaotui.backends.cpu.nodes import ActivateNode, LinearNode, Node, NormNode, Value
 from miaotui.backends.cpu.weights import INTEGER, Linear
 from miaotui.backends.ops import StepShape
@@ -142,7 +143,7 @@ def _overwritten(node: Node, index: int, last_use: dict[Value, int]) -> Value | 
 
 def _floats(value: Value, shape: StepShape) -> int:
     rows = shape.max_logits_rows if value.of_logits else shape.max_tokens
-    return -(-rows * value.width // ALIGN) * ALIGN
+    return -(-rows * int(row_stride(value.width)) // ALIGN) * ALIGN
 
 
 class _Arena:

@@ -40,7 +40,8 @@ class ReferenceBackend:
         self.device = _device(device)
         on_gpu, exact = self.device.type == "cuda", compute == "fp32"
         self.cache = Cache(cache, self.device)
-        self.ops = ReferenceOps(self.cache, self.device, quantise=not exact and not on_gpu, half=not exact and on_gpu)
+        quantise, wide = not exact and not on_gpu, compute == "int8-batch" and not on_gpu
+        self.ops = ReferenceOps(self.cache, self.device, quantise=quantise, half=not exact and on_gpu, wide=wide)
 
     def record(self, forward: Callable[[Ops[torch.Tensor]], torch.Tensor]) -> ReferenceExecutor:
         return ReferenceExecutor(self.shape, self.ops, forward)
@@ -53,8 +54,9 @@ class ReferenceExecutor:
         self, shape: StepShape, ops: ReferenceOps, forward: Callable[[Ops[torch.Tensor]], torch.Tensor]
     ) -> None:
         self.shape = shape
+        self.pool = None
         self.block_bytes = ops.cache.block_bytes
-        kind = f"{ops.cache.spec.type} quantise={ops.quantise} half={ops.half}"
+        kind = f"{ops.cache.spec.type} quantise={ops.quantise} half={ops.half} wide={ops.wide}"
         self.cache_format = f"reference {ops.device.type} {kind} torch {torch.__version__}"
         self._ops = ops
         self._forward = forward

@@ -77,13 +77,15 @@ class ReferenceOps:
 
     quantise: simulate the native path's int8 activations wherever a weight's stored form is integer.
     half: hold matrices in 16 bits and multiply in them.
+    wide: simulate its recoded weights wherever many rows meet integer weights, experts aside.
     """
 
-    def __init__(self, cache: Cache, device: torch.device, *, quantise: bool, half: bool) -> None:
+    def __init__(self, cache: Cache, device: torch.device, *, quantise: bool, half: bool, wide: bool = False) -> None:
         self.cache = cache
         self.device = device
         self.quantise = quantise
         self.half = half
+        self.wide = wide
         self.step: StepTensors | None = None
         self.touched: dict[int, int] = {}
         """Bytes of each weight that a product has read, by identity."""
@@ -169,8 +171,8 @@ class ReferenceOps:
         probability = torch.softmax(weight.router.apply(x, quantise=False), dim=1)
         out = torch.zeros_like(x)
         for expert, rows, share in routed(probability, top_k, normalise):
-            y = self.gated(self._product(x[rows], weight.gate_up[expert]), activation)
-            y = self._product(y, weight.down[expert])
+            y = self.gated(self._product(x[rows], weight.gate_up[expert], wide=False), activation)
+            y = self._product(y, weight.down[expert], wide=False)
             out = out.index_add(0, rows, y * share)
         return out if add is None else add + out
 
@@ -190,14 +192,14 @@ class ReferenceOps:
 
     def _matrix(self, tensor: Tensor) -> Matrix:
         with memory_needed(self.device, f"the weights (a matrix of {' × '.join(map(str, tensor.shape))})"):
-            return matrix(tensor, self.device, self.half)
+            return matrix(tensor, self.device, self.half, self.wide)
 
     def _vector(self, values: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(np.array(values, dtype=np.float32)).to(self.device)
 
-    def _product(self, x: torch.Tensor, weight: Linear | Matrix) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, weight: Linear | Matrix, *, wide: bool = True) -> torch.Tensor:
         self.touched[id(weight)] = weight.nbytes
-        return weight.apply(x, quantise=self.quantise)
+        return weight.apply(x, quantise=self.quantise, wide=wide)
 
     def _turn(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Rotate x `[tokens, heads, head_dim]` by its tokens' positions."""

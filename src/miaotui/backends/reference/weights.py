@@ -11,26 +11,36 @@ from miaotui.quant.tensor import DenseTensor, GroupedTensor, Tensor
 ACTIVATION_GROUP = 32
 """Neighbouring inputs that share a scale when activations are quantised."""
 
+WIDE_GROUP = 64
+"""The same where recoded weights are multiplied: `Wide`."""
+
+WIDE_FROM = 16
+"""Rows from which on they are."""
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One stored matrix `[out, in]`, dequantised.
 
     `integer` says that its stored form is integer codes, so that its input is quantised too on the fast path, by token
-    if the checkpoint says so; `perm` is the order in which those codes meet the input (None: as it comes).
+    if the checkpoint says so; `perm` is the order in which those codes meet the input (None: as it comes). `wide` is
+    the weight as `--compute int8-batch` recodes it for many rows.
     """
 
     weight: torch.Tensor
     integer: bool
     perm: torch.Tensor | None = None
     by_token: bool = False
+    wide: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
 
-    def apply(self, x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, *, quantise: bool, wide: bool = False) -> torch.Tensor:
         """`x @ weight.T` in float32 for x `[rows, in]`, with x quantised first where the fast path would do so."""
+        if quantise and wide and self.wide is not None and len(x) >= WIDE_FROM:
+            return quantise_activations(x, self.perm, WIDE_GROUP) @ self.wide.T
         if quantise and self.integer:
             x = quantise_tokens(x) if self.by_token else quantise_activations(x, self.perm)
         return (x.to(self.weight.dtype) @ self.weight.T).float()
@@ -47,8 +57,8 @@ class Linear:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def apply(self, x: torch.Tensor, *, quantise: bool) -> torch.Tensor:
-        columns = [part.apply(x, quantise=quantise) for part in self.parts]
+    def apply(self, x: torch.Tensor, *, quantise: bool, wide: bool = False) -> torch.Tensor:
+        columns = [part.apply(x, quantise=quantise, wide=wide) for part in self.parts]
         y = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
         return y if self.bias is None else y + self.bias
 
@@ -59,25 +69,42 @@ def quantise_tokens(x: torch.Tensor) -> torch.Tensor:
     return torch.round(x / torch.where(scale == 0, 1.0, scale)) * scale
 
 
-def quantise_activations(x: torch.Tensor, perm: torch.Tensor | None = None) -> torch.Tensor:
-    """x `[rows, in]` as the fast path's dynamic int8 sees it: s·q with s = absmax / 127 per 32 neighbours.
+def quantise_activations(
+    x: torch.Tensor, perm: torch.Tensor | None = None, group: int = ACTIVATION_GROUP
+) -> torch.Tensor:
+    """x `[rows, in]` as the fast path's dynamic int8 sees it: s·q with s = absmax / 127 per `group` neighbours.
 
     q = round-to-nearest-even(x / s). The last group of a row may be short; a group of zeros stays zero. With
     `perm` the neighbours are those of `x[:, perm]`; the result is in x's own order.
     """
     if perm is not None:
-        ordered = quantise_activations(x[:, perm])
+        ordered = quantise_activations(x[:, perm], group=group)
         return torch.empty_like(ordered).index_copy_(1, perm, ordered)
     width = x.shape[1]
-    padded = torch.nn.functional.pad(x, (0, -width % ACTIVATION_GROUP))
-    groups = padded.view(x.shape[0], -1, ACTIVATION_GROUP)
+    padded = torch.nn.functional.pad(x, (0, -width % group))
+    groups = padded.view(x.shape[0], -1, group)
     scale = groups.abs().amax(dim=2, keepdim=True) / 127
     codes = torch.round(groups / torch.where(scale == 0, 1.0, scale))
     return (codes * scale).view(padded.shape)[:, :width]
 
 
-def matrix(tensor: Tensor, device: torch.device, half: bool) -> Matrix:
-    """Load one tensor. With `half` it is held in 16 bits (its own kind if it has one, else bfloat16)."""
+def recoded(tensor: Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Integer weights as int8 with one scale a row, and back: s·q with s = absmax / 127, q to the nearest even. As they
+    are where they have such scales; None where they are no integers, or their inputs are coded by token."""
+    if isinstance(tensor, DenseTensor) or (isinstance(tensor, GroupedTensor) and tensor.by_token):
+        return None
+    if isinstance(tensor, GroupedTensor) and tensor.minimum is None:
+        scheme = tensor.scheme
+        if scheme.bits > 4 and scheme.groups(tensor.shape[1]) == 1:
+            return weight
+    most = weight.abs().amax(dim=1, keepdim=True)
+    units = torch.where(most == 0, 0.0, torch.tensor(127.0) / most)  # not 127 / most, which PyTorch rounds twice
+    return torch.round(weight * units) * (most / 127)
+
+
+def matrix(tensor: Tensor, device: torch.device, half: bool, wide: bool = False) -> Matrix:
+    """Load one tensor. With `half` it is held in 16 bits (its own kind if it has one, else bfloat16); with `wide` also
+    as it is recoded for many rows."""
     dtype = torch.float32
     if half:
         dtype = torch.float16 if isinstance(tensor, DenseTensor) and tensor.type == "float16" else torch.bfloat16
@@ -87,4 +114,5 @@ def matrix(tensor: Tensor, device: torch.device, half: bool) -> Matrix:
     perm = tensor.perm if isinstance(tensor, GroupedTensor) else None
     order = None if perm is None else torch.from_numpy(perm).to(device=device, dtype=torch.int64)
     by_token = isinstance(tensor, GroupedTensor) and tensor.by_token
-    return Matrix(weight, integer=not isinstance(tensor, DenseTensor), perm=order, by_token=by_token)
+    other = recoded(tensor, weight) if wide else None
+    return Matrix(weight, not isinstance(tensor, DenseTensor), order, by_token, other)
