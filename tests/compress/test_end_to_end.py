@@ -190,13 +190,13 @@ def test_the_original_is_read_once(tmp_path: Path) -> None:
 
 # -- from disk -----------------------------------------------------------------------------------------------------
 def test_killed_while_it_trains_it_ends_with_the_same_bytes(original: Path, source: Path, tmp_path: Path) -> None:
-    """Tells: a note, four layers with two more, what the original is asked with two, then steps."""
-    chosen = recipe(source, {"epochs": 1, "batch": 3}, windows=8)
+    """While the original is asked, and after the first and the second of four steps."""
+    chosen = recipe(source, {"epochs": 1, "batch": 2}, windows=8)
     (tmp_path / "recipe.yaml").write_text(chosen.yaml())
     run = [sys.executable, "-c", KILLED, str(original), str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        [*run, str(tmp_path / "killed"), str(tmp_path / "c"), "9", "10", "5"],
+        [*run, str(tmp_path / "killed"), str(tmp_path / "c"), "10", "7", "5"],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert killed.stdout.split("\n")[:4] == ["killed 0"] * 3 + ["done 0"]
