@@ -88,7 +88,9 @@ def words(dimension: str, choice: str) -> str:
         case "blocks":
             return "" if choice == "all" else f"{choice} layers left"
         case "compute":
-            return f"activations in {choice}"
+            return (
+                "steps of many rows on weights recoded to int8" if choice == "int8-batch" else f"{choice} activations"
+            )
         case "kv_cache_dtype":
             return f"{choice} cache"
         case "speculative":

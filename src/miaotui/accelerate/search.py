@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from miaotui.accelerate.attempt import Attempt, Plan
@@ -27,7 +27,7 @@ from miaotui.accelerate.card import Floor
 from miaotui.accelerate.goals import gain_of_rounds
 from miaotui.accelerate.ledger import FailedError, Ledger
 from miaotui.accelerate.sample import Pick, Tried
-from miaotui.accelerate.space import METHODS, ORIGINAL, Candidate, Space
+from miaotui.accelerate.space import DEFAULT, METHODS, ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Duel
 from miaotui.accelerate.wording import loss_sentence, percent, times
 from miaotui.hardware.sensors import BUSY
@@ -269,12 +269,18 @@ class _Search:
 
     # -- tune --------------------------------------------------------------------------------------------
     def _tune(self, best: Attempt | None) -> Attempt | None:
-        """The best weights, or the original's when none keep the floor, served as suits this machine."""
+        """The best weights, or the original's when none keep the floor, served as suits this machine.
+
+        One change at a time: what differs from the best so far in one choice comes before what differs in more.
+        """
         base = ORIGINAL if best is None else best.candidate
-        remaining = self._new(base.served(**_without_compute(s.options())) for s in self.space.servings)
+        remaining = self._new(_ways(base, self.space.servings))
         incumbent, tuned = best, 0
         while remaining and tuned < MOST_TUNED and self._time_for_another(TUNE):
-            chosen = self.pick(remaining, self._tried(base), fits=min(self._fits(TUNE), MOST_TUNED - tuned))
+            now = base if incumbent is None else incumbent.candidate
+            least = min(_distance(candidate, now) for candidate in remaining)
+            near = [candidate for candidate in remaining if _distance(candidate, now) == least]
+            chosen = self.pick(near, self._tried(base), fits=min(self._fits(TUNE), MOST_TUNED - tuned))
             remaining.remove(chosen)
             tuned += 1
             found = self._try(chosen, "tune")
@@ -406,5 +412,14 @@ def looks(windows: int) -> Iterator[int]:
     yield windows
 
 
-def _without_compute(options: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in options.items() if name != "compute"}
+def _ways(base: Candidate, servings: Iterable[Serving]) -> Iterator[Candidate]:
+    """The same weights in other ways; where they need exact activations, only in ways that leave those alone."""
+    for serving in servings:
+        if base.serving.compute == DEFAULT.compute or serving.compute == DEFAULT.compute:
+            yield base.served(**serving.options())
+
+
+def _distance(one: Candidate, other: Candidate) -> int:
+    """In how many choices two ways of serving differ."""
+    mine, theirs = asdict(one.serving), asdict(other.serving)
+    return sum(mine[name] != theirs[name] for name in mine)

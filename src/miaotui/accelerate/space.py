@@ -62,6 +62,8 @@ class Serving:
 
 
 DEFAULT = Serving()
+PROMISING = ("compute", "kv_cache_dtype", "speculative", "max_num_batched_tokens", "max_num_seqs", "threads")
+"""Choices of how to serve, those first that change the most work."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Candidate:
         """For people."""
         parts = [weights_name(self.recipe), *([] if self.blocks is None else [f"{self.blocks} layers left"])]
         words = {
-            "compute": "computed in {}", "kv_cache_dtype": "{} cache", "threads": "{} threads",
+            "compute": "{} compute", "kv_cache_dtype": "{} cache", "threads": "{} threads",
             "speculative": "{} speculation", "max_num_seqs": "{} sequences",
             "max_num_batched_tokens": "{} tokens a step",
         }  # fmt: skip
@@ -227,7 +229,7 @@ def _fitting(source: Source, dropped: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
-    """Every way but the default, those that differ least from it first."""
+    """Every way but the default: those that differ least from it first, and of those the likeliest to help."""
     threads: Sequence[int | None] = [None, *sorted({max(1, cores // 2), processors} - {cores})]
     guesses = (None, "ngram") if goal in ("latency", "balanced") else (None,)
     sequences = {"latency": (64,), "memory": (64, 8), "throughput": (64, 128, 32), "balanced": (64,)}[goal]
@@ -237,11 +239,14 @@ def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
         "throughput": (512, 1024, 2048),
         "balanced": (512, 1024),
     }[goal]
-    every = (
-        Serving("auto", kv, count, guess, most, step)
-        for kv, count, guess, most, step in product(("auto", "int8"), threads, guesses, sequences, tokens)
-    )
-    yield from sorted((s for s in every if s != DEFAULT), key=lambda s: len(s.options()))
+    computes = ("auto",) if goal == "memory" else ("auto", "int8-batch")
+    every = (Serving(*chosen) for chosen in product(computes, ("auto", "int8"), threads, guesses, sequences, tokens))
+    yield from sorted((s for s in every if s != DEFAULT), key=_unlikely)
+
+
+def _unlikely(serving: Serving) -> tuple[int, list[int]]:
+    options = serving.options()
+    return len(options), sorted(PROMISING.index(name) for name in options)
 
 
 def _digest(value: Any) -> str:

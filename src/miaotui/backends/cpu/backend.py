@@ -15,7 +15,7 @@ from miaotui.backends.cpu.ops import CpuOps
 from miaotui.backends.cpu.plan import fused, place, split_inputs
 from miaotui.backends.cpu.weights import WeightStore
 from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
-from miaotui.errors import UsageError
+from miaotui.errors import ResourceError, UsageError
 from miaotui.hardware import detect
 
 
@@ -94,6 +94,11 @@ class CpuBackend:
         """Recodes weights one after another into memory of their own, in the order of the step."""
         if not self._wide:
             return None
+        needed = sum(m.height * m.width for n in self._ops.nodes if isinstance(n, LinearNode) for m in n.weight.parts)
+        free = detect.available_memory()
+        if needed > free:
+            cause = f"Recoded weights take {needed / 2**30:.1f} GiB more, and {free / 2**30:.1f} GiB are free."
+            raise ResourceError(cause, "Leave --compute int8-batch out, or free memory.")
         heap = _native.Heap()
         return lambda weight: _native.PackedWeight.wide(self._pool, heap, weight, self._isa)
 
