@@ -9,6 +9,7 @@ namespace miaotui {
 
 constexpr int kRowsPerPanel = 16;  // output rows that one register accumulates
 constexpr int kActGroup = 32;      // input elements that share a scale when activations are quantised
+constexpr int kStreamingRows = 4;  // so few rows make a linear wait for memory
 
 enum class Code : uint8_t { F32, F16, BF16, INT4, INT8 };
 enum class ScaleType : uint8_t { F16, BF16, F32 };
@@ -74,6 +75,17 @@ struct QuantRows {
   static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 28 + 4; }
 };
 
+// What a later op will read, in runs of equal length, asked for while tiles of many rows keep the memory idle.
+struct alignas(64) Ahead {
+  const uint8_t* base = nullptr;
+  const size_t* runs = nullptr;  // where each begins, from base
+  int count = 0;
+  int next = 0;
+  int lines = 0;  // of 64 bytes, of each run
+
+  const uint8_t* take() { return next < count ? base + runs[next++] : nullptr; }
+};
+
 // What happens to a result on its way out: out = softcap((result + bias) * scale + add).
 struct Epilogue {
   const float* bias = nullptr;
@@ -96,6 +108,7 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
+  Ahead* ahead = nullptr;  // the calling thread's
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
 };
 

@@ -54,7 +54,6 @@ MIAOTUI_INLINE F16x act_lanes(F16x x, Act act) {
 
 // With few rows a tile waits for memory; it asks for what lies this far ahead in the thread's stream of panels, which
 // the hardware's prefetcher, stopping at every page, does not.
-constexpr int kStreaming = 4;
 constexpr size_t kCodesAhead = 8192;
 
 struct IntTile {  // one panel against M rows
@@ -64,10 +63,23 @@ struct IntTile {  // one panel against M rows
   const Weight* weight;
   const uint8_t* ahead;  // of the next panel's codes: what a tile of many rows asks for meanwhile,
   int ahead_lines;       // so many lines for each fold of 32 inputs
+  const uint8_t* later;  // the same of a later op's memory
+  int later_lines;
 };
 
 MIAOTUI_INLINE void prefetch_lines(const uint8_t*& ahead, int lines) {
   for (int i = 0; i < lines; ++i, ahead += 64) prefetch(ahead);
+}
+
+MIAOTUI_INLINE void prefetch_far_lines(const uint8_t*& ahead, int lines) {
+  for (int i = 0; i < lines; ++i, ahead += 64) prefetch_far(ahead);
+}
+
+// The next run of what a later op reads, spread over a tile's folds of 32 inputs.
+template <typename Tile>
+MIAOTUI_INLINE void take_later(Tile& tile, Ahead* ahead, int k_pad) {
+  tile.later = ahead ? ahead->take() : nullptr;
+  tile.later_lines = tile.later ? (ahead->lines * 32 + k_pad - 1) / k_pad : 0;
 }
 
 template <Code CODE, int FOLD, int M>
@@ -101,7 +113,7 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   const int8_t* a = rows.q;
   const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
-  const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins, *ahead = tile.ahead;
+  const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins, *ahead = tile.ahead, *later = tile.later;
   F16x acc[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) acc[m] = zero();
@@ -114,13 +126,14 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
       if constexpr (!MIN && CODE == Code::INT8) sum[m] = shift_left<4>(sum[m]);
     }
     dot_fold<CODE, FOLD, M>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
-    if constexpr (M <= kStreaming) {
+    if constexpr (M <= kStreamingRows) {
 #pragma GCC unroll 8
       for (size_t i = 0; i < code_step; i += 64) prefetch(codes + kCodesAhead + i);
       prefetch(scales + kCodesAhead / 8);
       if constexpr (MIN) prefetch(mins + kCodesAhead / 8);
     } else {
       prefetch_lines(ahead, tile.ahead_lines);
+      prefetch_far_lines(later, tile.later_lines);
     }
     const F16x scale = load_scale(scales, type);
 #pragma GCC unroll 16
@@ -181,7 +194,7 @@ template <int M>
 MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float* out) {
   const Weight& w = *t.weight;
   if (w.code == Code::INT4) return int_tile_of<Code::INT4, M>(t, rows, out);
-  if constexpr (M <= kStreaming)
+  if constexpr (M <= kStreamingRows)
     if (w.wide()) return row_tile<M>(t, rows, out);
   return int_tile_of<Code::INT8, M>(t, rows, out);
 }
@@ -224,7 +237,8 @@ MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
 }
 
 // The first time that rows meet a panel, they ask for the next one: its codes come from memory.
-inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, bool first, float* out) {
+inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, bool first, Ahead* later,
+                      float* out) {
   const uint8_t* codes = w.codes + panel * w.panel_bytes;
   const int lines = w.code == Code::INT4 ? 4 : 8, tiles = first ? (count >= 2 * kMaxTile ? 2 : 1) : 0;
   IntTile tile{codes,
@@ -232,8 +246,11 @@ inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int cou
                w.mins + panel * w.panel_scale_bytes,
                &w,
                codes + w.panel_bytes,
-               tiles ? lines / tiles : 0};
+               tiles ? lines / tiles : 0,
+               nullptr,
+               0};
   for_tiles(count, [&](auto m, int r) {
+    if (!tile.ahead_lines && decltype(m)::value > kStreamingRows) take_later(tile, later, w.k_pad);
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
     tile.ahead += w.panel_bytes / 2;
     if (r + decltype(m)::value >= tiles * kMaxTile) tile.ahead_lines = 0;
@@ -247,7 +264,9 @@ struct WideTile {
   const Weight* weight;
   int panel;
   const uint8_t* ahead;
-  int ahead_lines;  // for each 32 inputs
+  int ahead_lines;       // for each 32 inputs
+  const uint8_t* later;  // and of a later op's memory
+  int later_lines;
 };
 
 // P panels against M rows from `row` on, among those of the tile that `rows` is. Every broadcast of four inputs serves
@@ -257,7 +276,7 @@ __attribute__((noinline)) void wide_tile(const WideTile& tile, const QuantRows& 
                                          size_t out_panel) {
   const Weight& w = *tile.weight;
   const int beside = rows.rows;
-  const uint8_t *codes = w.codes + tile.panel * w.panel_bytes, *ahead = tile.ahead;
+  const uint8_t *codes = w.codes + tile.panel * w.panel_bytes, *ahead = tile.ahead, *later = tile.later;
   const int8_t* a = rows.q + row * 32;
   const int32_t* minus = (TOKEN ? rows.minus_row : rows.minus32) + row;
   const float* a_scale = rows.scale + row;
@@ -283,6 +302,7 @@ __attribute__((noinline)) void wide_tile(const WideTile& tile, const QuantRows& 
     for (int m = 0; m < M; ++m) acc[p][m] = zero();
   auto multiply = [&]() __attribute__((always_inline)) {  // the next 32 inputs
     prefetch_lines(ahead, tile.ahead_lines);
+    prefetch_far_lines(later, tile.later_lines);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       Bytes line[P];
@@ -332,15 +352,17 @@ MIAOTUI_INLINE void wide_tile_of(const WideTile& tile, const QuantRows& rows, in
 
 // `panels` neighbouring ones against `count` rows; the results of panel p at out + p * out_panel.
 inline void wide_panels(const Weight& w, int panel, int panels, const QuantRows& rows, int count, bool first,
-                        float* out, size_t out_panel) {
-  const int lines = 8 * panels, tiles = count / kWideRows < 4 ? count / kWideRows : 4;
-  WideTile tile{&w, panel, w.codes + (panel + panels) * w.panel_bytes, first && tiles ? lines / tiles : 0};
+                        Ahead* later, float* out, size_t out_panel) {
+  const int lines = 8 * panels, tiles = count / kWideRows < 2 ? count / kWideRows : 2;
+  WideTile tile{
+      &w, panel, w.codes + (panel + panels) * w.panel_bytes, first && tiles ? lines / tiles : 0, nullptr, 0};
   int taken = 0;
   for_tiles(count, [&](auto size, int r) {
     constexpr int M = decltype(size)::value, kParts = (M + kWideRows - 1) / kWideRows, kPart = M / kParts;
     const QuantRows of_tile = rows.from(r, M);
     for (int part = 0; part < kParts; ++part) {
       float* to = out + (r + part * kPart) * 16;
+      if (!tile.ahead_lines) take_later(tile, later, w.k_pad);
       if (panels == kWidePanels)
         wide_tile_of<kWidePanels, kPart>(tile, of_tile, part * kPart, to, out_panel);
       else
@@ -643,8 +665,8 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
   for_blocks(args, first, last, 2, [&](int begin, int end, int row, int rows) {
     const QuantRows quant = args.quant.from(row, rows);
     for (int panel = begin; panel < end; ++panel) {
-      int_panel(w, panel, quant, rows, row == 0, result);
-      if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, up);
+      int_panel(w, panel, quant, rows, row == 0, args.ahead, result);
+      if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, args.ahead, up);
       if (!args.handed) {
         finish(args, panel, row, rows, result, args.up ? up : nullptr);
         continue;
@@ -663,8 +685,8 @@ inline void linear_wide(const LinearArgs& args, int first, int last, float* scra
     const QuantRows quant = args.quant.from(row, rows);
     for (int panel = begin; panel < end; panel += kWidePanels) {
       const int panels = end - panel < kWidePanels ? end - panel : kWidePanels;
-      wide_panels(w, panel, panels, quant, rows, row == 0, result, kResult);
-      if (args.up) wide_panels(*args.up, panel, panels, quant, rows, row == 0, up, kResult);
+      wide_panels(w, panel, panels, quant, rows, row == 0, args.ahead, result, kResult);
+      if (args.up) wide_panels(*args.up, panel, panels, quant, rows, row == 0, args.ahead, up, kResult);
       for (int p = 0; p < panels; ++p) {
         const float *of_gate = result + p * kResult, *of_up = args.up ? up + p * kResult : nullptr;
         const int at = (panel + p) % 4, done = panel + p + 1;
@@ -723,7 +745,7 @@ inline void linear_float(const LinearArgs& args, int first, int last, float* res
 inline void linear(const LinearArgs& args, int first, int last, float* scratch) {
   float *result = scratch, *up = result + kRowChunk * 16;
   float* after = up + kRowChunk * 16;
-  if (args.integer && args.weight->wide() && (args.weight->inputs == Inputs::By64 || args.rows > kStreaming))
+  if (args.integer && args.weight->wide() && (args.weight->inputs == Inputs::By64 || args.rows > kStreamingRows))
     return linear_wide(args, first, last, scratch);
   if (args.integer) return linear_int(args, first, last, result, up, after);
   linear_float(args, first, last, result, up, after);

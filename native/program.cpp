@@ -55,6 +55,13 @@ void Program::finish() {
     next_linear_[i] = next;
     next = ops_[i].get();
   }
+  next_cache_.assign(ops_.size() + 1, nullptr);
+  for (size_t i = ops_.size(); i-- > 0;) {
+    const LayerCache* read = ops_[i]->reads_cache();
+    next_cache_[i] = read ? read : next_cache_[i + 1];
+  }
+  ahead_ = std::make_unique<Ahead[]>(static_cast<size_t>(threads()));
+  context_.ahead = ahead_.get();
   context_.workspace = workspace_.data();
   context_.handed = handed_.data();
   context_.attention_scratch = attention_scratch_.data();
@@ -115,16 +122,49 @@ void Program::run(const StepView& step) {
     for (int t = step.query_start[s]; t < step.query_start[s + 1]; ++t) seq_of_token_[static_cast<size_t>(t)] = s;
   }
   context_.step.seq_of_token = seq_of_token_.data();
+  look_ahead();
   pool_->each([this](int thread) { replay(thread); });
   if (profiling_) ++profiled_runs_;
+}
+
+// Each thread's share of what every layer's attention reads of the cache. With few rows the linears themselves wait for
+// memory; and what would not stay in the caches is not worth asking for.
+void Program::look_ahead() {
+  constexpr size_t kPiece = 4 << 10, kMost = 6 << 20;
+  const StepView& step = context_.step;
+  const size_t bytes = layers_.empty() ? 0 : layers_[0].bytes, stride = block_bytes();
+  const bool alike = std::all_of(layers_.begin(), layers_.end(), [&](const LayerSlot& l) { return l.bytes == bytes; });
+  const size_t pieces = (bytes + kPiece - 1) / kPiece;
+  const size_t piece = pieces ? round_up((bytes + pieces - 1) / pieces, 64) : 0;
+  runs_.clear();
+  if (alike && bytes && step.tokens > kStreamingRows) {
+    const size_t most = kMost * static_cast<size_t>(threads()) / piece;
+    for (int s = 0; s < step.seqs; ++s) {
+      const int32_t* table = step.block_table + static_cast<int64_t>(s) * step.table_stride;
+      for (int b = 0; b * kBlockSize < step.context_len[s] && runs_.size() < most; ++b)
+        for (size_t i = 0; i < pieces; ++i) runs_.push_back(static_cast<size_t>(table[b]) * stride + i * piece);
+    }
+  }
+  for (int t = 0; t < threads(); ++t) {
+    int first, last;
+    share_of(static_cast<int>(runs_.size()), t, threads(), first, last);
+    Ahead& mine = ahead_[static_cast<size_t>(t)];
+    mine.runs = runs_.data() + first;
+    mine.count = last - first;
+    mine.lines = static_cast<int>(piece / 64);
+  }
 }
 
 void Program::replay(int thread) {
   using Clock = std::chrono::steady_clock;
   const bool timed = profiling_ && thread == 0;
+  Ahead& ahead = ahead_[static_cast<size_t>(thread)];
+  ahead.base = nullptr, ahead.next = ahead.count;
   auto begin = timed ? Clock::now() : Clock::time_point();
   for (size_t i = 0; i < ops_.size(); ++i) {
     const Op& op = *ops_[i];
+    const uint8_t* cache = next_cache_[i] ? next_cache_[i]->base : nullptr;
+    if (cache != ahead.base) ahead.base = cache, ahead.next = cache ? 0 : ahead.count;
     const int phases = op.phases(context_);
     for (int phase = 0; phase < phases; ++phase) {
       op.run(context_, phase, thread);

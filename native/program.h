@@ -31,6 +31,7 @@ struct Context {
   uint8_t* handed = nullptr;      // likewise: rows that a linear hands on quantised
   std::vector<uint8_t*> scratch;  // one for each thread
   uint8_t* attention_scratch = nullptr;
+  Ahead* ahead = nullptr;  // one for each thread: what it reads of the cache in the next attention
 };
 
 class Op {
@@ -48,15 +49,17 @@ class Op {
   virtual size_t attention_bytes(const Limits&, int) const { return 0; }
 
   virtual bool streams_weights() const { return false; }
+  // The cache that it reads whole; null if it reads none, or a part.
+  virtual const LayerCache* reads_cache() const { return nullptr; }
 
   std::string name;
   bool barrier = true;  // after the last phase
 };
 
-// A float32 matrix in the arena; `stride` floats from row to row.
 // Rows a multiple of 2 KB apart would meet in a few sets of the caches.
 inline int64_t row_stride(int64_t width) { return width % 512 ? width : width + 16; }
 
+// A float32 matrix in the arena; `stride` floats from row to row.
 struct Buffer {
   float* data = nullptr;
   int64_t width = 0;
@@ -109,6 +112,7 @@ class Program {
 
  private:
   void replay(int thread);
+  void look_ahead();
   uint8_t* block_at(int64_t block) const;  // throws std::out_of_range
 
   std::shared_ptr<Pool> pool_;
@@ -116,6 +120,9 @@ class Program {
   Memory arena_, workspace_, handed_, scratch_, attention_scratch_;
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<const Op*> next_linear_;  // behind op i, if op i is a linear itself
+  std::vector<const LayerCache*> next_cache_;  // what the next op that reads the cache, from op i on, reads of it
+  std::vector<size_t> runs_;  // where the blocks of this step's sequences lie in every layer's cache, cut to pieces
+  std::unique_ptr<Ahead[]> ahead_;
   std::vector<std::shared_ptr<PackedWeight>> weights_;
   struct LayerSlot {
     std::vector<LayerCache*> users;

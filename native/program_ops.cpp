@@ -155,6 +155,7 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
   args.x = from.x;
   args.x_stride = static_cast<size_t>(from.x_stride);
   args.quant = from.quant;
+  args.ahead = c.ahead + thread;
   const QuantRows next =
       PreparedRows::in(c.handed, args.rows, static_cast<int>(out.width), false, true, nullptr, 0).quant;
   if (hands_on) args.handed = &next;

@@ -8,7 +8,7 @@
 namespace miaotui {
 
 // Up to this many rows every thread prepares (norms, quantises) them for itself, which is cheaper than a barrier.
-constexpr int kPreparedByEach = 4;
+constexpr int kPreparedByEach = kStreamingRows;
 
 // From so many rows on a linear multiplies the recoded weights, if it has them.
 constexpr int kWideFrom = 16;
@@ -150,6 +150,7 @@ struct AttentionOp : Op {
   int phases(const Context& c) const override;
   void run(const Context& c, int phase, int thread) const override;
   size_t attention_bytes(const Limits& limits, int threads) const override;
+  const LayerCache* reads_cache() const override { return args.window ? nullptr : &args.cache; }
   AttentionArgs args;  // step and scratch are filled in for each run
 };
 

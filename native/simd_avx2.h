@@ -148,3 +148,4 @@ MIAOTUI_INLINE void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
   odd = {_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(y, high))};
 }
 MIAOTUI_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+MIAOTUI_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

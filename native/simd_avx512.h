@@ -110,3 +110,4 @@ MIAOTUI_INLINE void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 MIAOTUI_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+MIAOTUI_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

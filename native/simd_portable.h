@@ -175,4 +175,5 @@ inline void load_bf16_pair(const uint16_t* p, F16x& even, F16x& odd) {
   }
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second level
 #undef MIAOTUI_LANES
