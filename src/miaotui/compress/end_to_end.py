@@ -57,7 +57,7 @@ class _Training:
     def __init__(self, work: Work, solved: Solved, product: torch.dtype) -> None:
         assert work.text is not None, "nothing to train on"
         assert work.steps.scales is not None
-        self.work, self.solved, self.product, self.options = work, solved, product, work.steps.scales
+        self.work, self.product, self.options = work, product, work.steps.scales
         self.spec = work.model.spec
         self.ratios = {place: torch.zeros(shape).requires_grad_() for place, shape in trainable(solved)}
         self.student = Trained(

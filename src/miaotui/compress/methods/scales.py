@@ -25,7 +25,7 @@ class ScalesOptions:
     norms' weights, both relative; they fall linearly to 0.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 2
     rate: float = 0.001
     norm_rate: float = 0.001
