@@ -4,8 +4,8 @@
 // K tile then a V tile, each a multiple of 64 bytes. D is head_dim, Dp is D rounded up to 16:
 //   fp32  K float [Dp][16]            V float [16][Dp]
 //   bf16  K bf16 [Dp/2][16][2]        V bf16 [8][Dp][2]   (pairs of d; pairs of positions)
-//   int8  K int8 [Dp/4][16][4] + float scale[16]   V int8 [16][Dp] + float scale[16]   (one scale per position and
-//   head)
+//   int8  K int8 [Dp/4][16][4] + float scale[16]   V int8 [8][Dp][2] + float scale[16]   (one scale per position
+//   and head)
 // The memory must come zeroed (padding stays zero) and hold only finite values afterwards.
 //
 // The order of every sum is fixed by a token's own position: positions are cut into chunks of kChunk aligned at 0, each

@@ -32,10 +32,21 @@ MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
 MIAOTUI_INLINE F16x scaled_from(F16x r, F16x n, F16x x, float limit) {
   return keep_from(mul(r, pow2(to_int(n))), x, limit);
 }
-MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)))};
+struct BytePairs {
+  __m256i a, b;
+};
+MIAOTUI_INLINE BytePairs load_byte_pairs(const uint8_t* p) {
+  const __m128i* at = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(at)), _mm256_cvtepi8_epi16(_mm_loadu_si128(at + 1))};
+}
+MIAOTUI_INLINE I16x dot_byte_pairs(I16x acc, const BytePairs& v, const float* p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  const __m256i x = _mm256_set1_epi32(pair);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(v.a, x)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(v.b, x))};
+}
+MIAOTUI_INLINE void store_int16(void* p, I16x x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8));
 }
 // NaN stays NaN.
 inline void store_bf16(uint16_t* p, F16x x) {
@@ -48,6 +59,9 @@ inline void store_bf16(uint16_t* p, F16x x) {
 }
 inline void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
   for (int i = 0; i < 16; ++i) p[2 * i + odd] = x[i];
+}
+inline void store_every_other(uint8_t* p, int odd, const int8_t* x) {
+  for (int i = 0; i < 16; ++i) p[2 * i + odd] = static_cast<uint8_t>(x[i]);
 }
 
 struct KeyBytes {

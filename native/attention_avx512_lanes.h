@@ -11,8 +11,16 @@ MIAOTUI_INLINE F16x keep_from(F16x r, F16x x, float limit) {
 MIAOTUI_INLINE F16x scaled_from(F16x r, F16x n, F16x x, float limit) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), r, n);
 }
-MIAOTUI_INLINE F16x load_int8(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+using BytePairs = __m512i;
+MIAOTUI_INLINE BytePairs load_byte_pairs(const uint8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MIAOTUI_INLINE I16x dot_byte_pairs(I16x acc, BytePairs v, const float* p) {
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(v), "m"(*p));
+  return acc;
+}
+MIAOTUI_INLINE void store_int16(void* p, I16x x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
 MIAOTUI_INLINE void store_bf16(uint16_t* p, F16x x) {
   const __m512i bits = _mm512_castps_si512(x),
@@ -25,6 +33,10 @@ MIAOTUI_INLINE void store_bf16(uint16_t* p, F16x x) {
 MIAOTUI_INLINE void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   _mm512_mask_storeu_epi16(p, odd ? 0xAAAAAAAAu : 0x55555555u, _mm512_sllv_epi32(words, _mm512_set1_epi32(odd * 16)));
+}
+MIAOTUI_INLINE void store_every_other(uint8_t* p, int odd, const int8_t* x) {
+  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  _mm256_mask_storeu_epi8(p, odd ? 0xAAAAAAAAu : 0x55555555u, odd ? _mm256_slli_epi16(bytes, 8) : bytes);
 }
 
 struct KeyBytes {

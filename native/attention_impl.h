@@ -6,9 +6,10 @@
 //   keep_lanes(x, a, b)   lanes [a, b) of x, −inf elsewhere; a ≤ 16, b ≥ 0
 //   keep_from(r, x, t)    lanes of r where x ≥ t (or x is NaN), 0 elsewhere
 //   scaled_from(r, n, x, t)  lanes of r · 2^n where x ≥ t (or x is NaN), 0 elsewhere; n integers ≥ −127
-//   load_int8(p)          16 int8 as floats
+//   BytePairs, load_byte_pairs(p), dot_byte_pairs(acc, v, p): 16 d × 2 positions in int8 against two int16 at p
+//   store_int16(p, x)     16 int16, of integers that fit
 //   store_bf16(p, x)      16 bfloat16, to nearest even
-//   store_every_other(p, odd, x)  p[2 i + odd] = x[i] for 16 words, touching no other
+//   store_every_other(p, odd, x)  p[2 i + odd] = x[i] for 16 words or bytes, touching no other
 //   KeyBytes, load_key_bytes(p), dot_key_bytes(acc, k, q02, q13): 16 positions × 4 int8 d against int16 q
 //   and if MIAOTUI_DOT_BF16 is defined: DotLine, load_dot(p), splat_dot(p), dot_bf16(acc, line, x),
 //   store_dot(p, x, y): 32 bfloat16, which it returns; sum_dot(acc, line): acc + the line's pairs
@@ -57,6 +58,7 @@ struct Work {
   float* query_scale() const { return array(0); }
   float* keep() const { return array(1); }
   float* gain() const { return array(2); }
+  float* unit() const { return array(5); }  // of a row's probabilities, where those are integers
   State state() const { return at(reinterpret_cast<float*>(base + layout.state)); }
   State chunk() const { return {nullptr, array(3), array(4)}; }  // max and sum; its output goes straight into state
   State at(float* p) const { return {p, p + rows * dp, p + rows * (dp + 1)}; }
@@ -112,7 +114,8 @@ void softmax_rows(const AttentionArgs& args, const Item& item, const Work& work,
     const int position = item.position + r / group;
     const int low = args.window > 0 ? most(position - args.window + 1 - base, 0) : 0;
     const Row row{tiles.offset, tiles.offset + tiles.count, low, position + 1 - base};
-    softmax_row<T>(work.scores() + r * kChunk, row, args.softcap, values, work.dp, chunk.max[r], chunk.sum[r]);
+    softmax_row<T>(work.scores() + r * kChunk, row, args.softcap, values, work.dp, chunk.max[r], chunk.sum[r],
+                   work.unit()[r]);
   }
 }
 
@@ -143,7 +146,7 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
   if (state) merge_rows(work.rows, *state, chunk, work.keep(), work.gain());
   for (int g = 0; g < groups.count; ++g) {
     const int first = groups.first(g), count = groups.first(g + 1) - first;
-    const float* scores = work.scores() + first * kChunk + tiles.offset * (T::kDotScores ? kBlockSize / 2 : kBlockSize);
+    const float* scores = work.scores() + first * kChunk + tiles.offset * T::kScoreWords;
     const ValueTile tile{values,
                          next,
                          tiles.count,
@@ -151,7 +154,8 @@ void attend_chunk(const AttentionArgs& args, const Item& item, const Work& work,
                          scores,
                          (state ? state->out : chunk.out) + first * work.dp,
                          state ? work.keep() + first : nullptr,
-                         work.gain() + first};
+                         work.gain() + first,
+                         work.unit() + first};
     with_rows<kQueryRows>(count, ValueCall<T>{tile});
   }
 }

@@ -164,7 +164,7 @@ ScratchLayout::ScratchLayout(int32_t group, int32_t head_dim) {
   const size_t rows_most = static_cast<size_t>(padded_rows), dp = static_cast<size_t>(padded(head_dim));
   scores = queries + line(rows_most * dp * sizeof(float));
   rows = scores + rows_most * kChunk * sizeof(float);
-  state = rows + 5 * rows_most * sizeof(float);
+  state = rows + 6 * rows_most * sizeof(float);
   work = state + line(rows_most * (dp + 2) * sizeof(float));
   slot = line(static_cast<size_t>(most_split_rows(group)) * (dp + 2) * sizeof(float));
 }

@@ -91,7 +91,7 @@ struct ScratchLayout {
   int32_t padded_rows = 0;  // most rows of an item, rounded up to 16
   size_t queries = 0;       // within one thread's work area: packed queries
   size_t scores = 0;        // [rows][kChunk] float
-  size_t rows = 0;          // 5 arrays of [padded_rows] float
+  size_t rows = 0;          // 6 arrays of [padded_rows] float
   size_t state = 0;         // the running state: [rows][Dp] float, then max and sum [rows]
   size_t work = 0;          // bytes of one work area
   size_t slot = 0;          // bytes of one chunk's state

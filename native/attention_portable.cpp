@@ -29,10 +29,24 @@ inline F16x keep_from(F16x r, F16x x, float limit) {
   return r;
 }
 inline F16x scaled_from(F16x r, F16x n, F16x x, float limit) { return keep_from(mul(r, pow2(to_int(n))), x, limit); }
-inline F16x load_int8(const int8_t* p) {
-  F16x r;
-  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(p[i]);
-  return r;
+struct BytePairs {
+  int8_t v[32];
+};
+inline BytePairs load_byte_pairs(const uint8_t* p) {
+  BytePairs v;
+  memcpy(v.v, p, 32);
+  return v;
+}
+inline I16x dot_byte_pairs(I16x acc, const BytePairs& v, const float* p) {
+  int16_t x[2];
+  memcpy(x, p, 4);
+  for (int i = 0; i < 16; ++i) acc.v[i] += v.v[2 * i] * x[0] + v.v[2 * i + 1] * x[1];
+  return acc;
+}
+inline void store_int16(void* p, I16x x) {
+  int16_t words[16];
+  for (int i = 0; i < 16; ++i) words[i] = static_cast<int16_t>(x.v[i]);
+  memcpy(p, words, 32);
 }
 // NaN stays NaN.
 inline void store_bf16(uint16_t* p, F16x x) {
@@ -45,6 +59,9 @@ inline void store_bf16(uint16_t* p, F16x x) {
 }
 inline void store_every_other(uint16_t* p, int odd, const uint16_t* x) {
   for (int i = 0; i < 16; ++i) p[2 * i + odd] = x[i];
+}
+inline void store_every_other(uint8_t* p, int odd, const int8_t* x) {
+  for (int i = 0; i < 16; ++i) p[2 * i + odd] = static_cast<uint8_t>(x[i]);
 }
 
 struct KeyBytes {

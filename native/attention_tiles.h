@@ -98,24 +98,26 @@ struct ValueTile {
   float* out;           // [row][dp]
   const float* keep;    // out = keep · out + gain · result; null: out = result
   const float* gain;
+  const float* unit;  // of each row's probabilities
 };
 
 // 16 N columns from column d on of the chunk's result for R rows.
 template <typename T, int R, int N>
 __attribute__((noinline)) void value_tile(const ValueTile& tile, int d) {
-  F16x acc[R][N];
+  typename T::ValueSum acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[r][n] = zero();
+    for (int n = 0; n < N; ++n) acc[r][n] = T::no_value();
   }
+  constexpr int kLines = (static_cast<int>(T::value_bytes(16 * N)) + 63) / 64;
   const size_t offset = T::value_bytes(d), stride = T::value_bytes(tile.dp);
   for (int b = 0; b < tile.blocks; ++b) {
     const uint8_t *v = tile.values[b] + offset, *ahead = tile.ahead[b] + offset;
-    const float* p = tile.scores + b * (T::kDotScores ? kBlockSize / 2 : kBlockSize);
+    const float* p = tile.scores + b * T::kScoreWords;
     for (int step = 0; step < kBlockSize / T::kValueStep; ++step) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n += T::kScaled ? 4 : 1) prefetch(ahead + 64 * n);
+      for (int line = 0; line < kLines; ++line) prefetch(ahead + 64 * line);
       T::template value_step<R, N>(acc, v, p, step);
       v += stride;
       ahead += stride;
@@ -126,8 +128,9 @@ __attribute__((noinline)) void value_tile(const ValueTile& tile, int d) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       float* out = tile.out + r * tile.dp + d + 16 * n;
-      if (tile.keep) acc[r][n] = fma(load(out), splat(tile.keep[r]), mul(acc[r][n], splat(tile.gain[r])));
-      store(out, acc[r][n]);
+      F16x result = T::value_of(acc[r][n], tile.unit[r]);
+      if (tile.keep) result = fma(load(out), splat(tile.keep[r]), mul(result, splat(tile.gain[r])));
+      store(out, result);
     }
   }
 }
@@ -217,7 +220,7 @@ inline F16x finish_scores(float* scores, const Row& row, float softcap) {
 
 template <typename T>
 __attribute__((noinline)) void softmax_row(float* scores, const Row& row, float softcap, const uint8_t* const* values,
-                                           int dp, float& row_max, float& row_sum) {
+                                           int dp, float& row_max, float& row_sum, float& unit) {
   row_max = reduce_max(finish_scores(scores, row, softcap));
   const F16x base = splat(row_max == kMinusInfinity ? 0.0f : row_max);
   F16x sum = zero();
@@ -236,11 +239,22 @@ __attribute__((noinline)) void softmax_row(float* scores, const Row& row, float 
     return;
   }
 #endif
+  F16x largest = zero();
   for (int b = row.first; b < row.end; ++b) {
     F16x p = exp2_lanes(sub(load(scores + b * kBlockSize), base));
     sum = add(sum, p);
-    if constexpr (T::kScaled) p = mul(p, load(reinterpret_cast<const float*>(values[b - row.first] + dp * kBlockSize)));
+    if constexpr (T::kScaled) {
+      p = mul(p, load(reinterpret_cast<const float*>(values[b - row.first] + dp * kBlockSize)));
+      largest = max(largest, p);
+    }
     store(scores + b * kBlockSize, p);
   }
   row_sum = reduce_add(sum);
+  if constexpr (T::kScaled) {  // in place, in half the room
+    const float most = reduce_max(largest);
+    const F16x inverse = splat(most > 0.0f ? T::kValueMost / most : 0.0f);
+    unit = most / T::kValueMost;
+    for (int b = row.first; b < row.end; ++b)
+      store_int16(scores + b * T::kScoreWords, to_int(round(mul(load(scores + b * kBlockSize), inverse))));
+  }
 }

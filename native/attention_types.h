@@ -5,7 +5,9 @@
 //   kWords        4-byte words of a packed query row per step; packed queries are [steps][kWords][R rows]
 //   kValueStep    positions covered by one step of PV
 //   kDotScores    probabilities are kept as bfloat16 pairs
-//   kScaled       tiles end with a scale for each position
+//   kScaled       tiles end with a scale for each position, and probabilities are kept as pairs of integers
+//   kScoreWords   4-byte words of a row's probabilities for one block
+//   ValueSum      what PV is summed in; value_of(sum, unit) is the result
 
 // Elements d … d + 15 of a row of dim elements, zero beyond its end.
 MIAOTUI_INLINE F16x row_lanes(const float* row, int d, int dim) { return load_n(row + d, most(0, least(16, dim - d))); }
@@ -22,8 +24,14 @@ inline float most_abs(const float* row, int dim) {
   return reduce_max(largest);
 }
 
-struct Fp32 {
-  static constexpr int kKeyStep = 1, kWords = 1, kValueStep = 1;
+struct FloatValues {
+  using ValueSum = F16x;
+  static MIAOTUI_INLINE ValueSum no_value() { return zero(); }
+  static MIAOTUI_INLINE F16x value_of(ValueSum sum, float) { return sum; }
+};
+
+struct Fp32 : FloatValues {
+  static constexpr int kKeyStep = 1, kWords = 1, kValueStep = 1, kScoreWords = kBlockSize;
   static constexpr bool kDotScores = false, kScaled = false;
   using Word = float;
   using Sum = F16x;
@@ -75,7 +83,7 @@ struct Fp32 {
 };
 
 // What both ways of computing with a bfloat16 cache share.
-struct Bf16Cache {
+struct Bf16Cache : FloatValues {
   static constexpr int kKeyStep = 2, kValueStep = 2;
   static constexpr bool kScaled = false;
   using Sum = F16x;
@@ -99,7 +107,7 @@ struct Bf16Cache {
 
 // bfloat16 widened to float: everything but the cache is float32.
 struct Bf16 : Bf16Cache {
-  static constexpr int kWords = 2;
+  static constexpr int kWords = 2, kScoreWords = kBlockSize;
   static constexpr bool kDotScores = false;
   using Word = float;
 
@@ -145,7 +153,7 @@ struct Bf16 : Bf16Cache {
 #ifdef MIAOTUI_DOT_BF16
 // bfloat16 products with float32 sums: queries and probabilities are rounded to bfloat16 too.
 struct Bf16Dot : Bf16Cache {
-  static constexpr int kWords = 1;
+  static constexpr int kWords = 1, kScoreWords = kBlockSize / 2;
   static constexpr bool kDotScores = true;
   using Word = uint32_t;
 
@@ -187,16 +195,21 @@ struct Bf16Dot : Bf16Cache {
 };
 #endif
 
-// int8 with one scale per position and head. Queries become 15-bit integers, so that QK is an exact integer sum and the
-// cache's own rounding is the only one that matters; V is widened to float, its scale goes into the probability.
+// int8 with one scale per position and head. Queries become 15-bit integers, and so do the probabilities of a chunk
+// once V's scales are in them, so that QK and PV are exact integer sums and the cache's own rounding is the only one
+// that matters.
 struct Int8 {
-  static constexpr int kKeyStep = 4, kWords = 2, kValueStep = 1;
+  static constexpr int kKeyStep = 4, kWords = 2, kValueStep = 2, kScoreWords = kBlockSize / 2;
   static constexpr bool kDotScores = false, kScaled = true;
   static constexpr float kQueryMost = 16256.0f;  // |k · q| summed over 1024 d stays below 2^31
+  static constexpr float kValueMost = 32767.0f;  // and |p · v| summed over a chunk
   using Word = int32_t;
   using Sum = I16x;
+  using ValueSum = I16x;
+  static MIAOTUI_INLINE ValueSum no_value() { return isplat(0); }
+  static MIAOTUI_INLINE F16x value_of(ValueSum sum, float unit) { return mul(to_float(sum), splat(unit)); }
   static size_t tile_bytes(int dp) { return static_cast<size_t>(dp) * kBlockSize + 64; }
-  static constexpr size_t value_bytes(int d) { return static_cast<size_t>(d); }
+  static constexpr size_t value_bytes(int d) { return static_cast<size_t>(d) * 2; }
   static MIAOTUI_INLINE Sum none() { return isplat(0); }
   static MIAOTUI_INLINE F16x finish(Sum sum, float query_scale, const float* scales) {
     return mul(mul(to_float(sum), splat(query_scale)), load(scales));
@@ -215,15 +228,14 @@ struct Int8 {
   }
 
   template <int R, int N>
-  static MIAOTUI_INLINE void value_step(F16x (&acc)[R][N], const uint8_t* v, const float* p, int step) {
-    F16x line[N];
+  static MIAOTUI_INLINE void value_step(I16x (&acc)[R][N], const uint8_t* v, const float* p, int step) {
+    BytePairs line[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) line[n] = load_int8(reinterpret_cast<const int8_t*>(v) + 16 * n);
+    for (int n = 0; n < N; ++n) line[n] = load_byte_pairs(v + 32 * n);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F16x x = splat(p[r * kChunk + step]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(line[n], x, acc[r][n]);
+      for (int n = 0; n < N; ++n) acc[r][n] = dot_byte_pairs(acc[r][n], line[n], p + r * kChunk + step);
     }
   }
 
@@ -249,7 +261,7 @@ struct Int8 {
       store_int8(x, to_int(round(mul(row_lanes(k, d, dim), splat(k_unit)))));
       for (int i = 0; i < 16; i += 4) memcpy(keys + (d / 4 + i / 4) * 64 + slot * 4, x + i, 4);
       store_int8(x, to_int(round(mul(row_lanes(v, d, dim), splat(v_unit)))));
-      memcpy(values + slot * dp + d, x, 16);
+      store_every_other(values + slot / 2 * dp * 2 + d * 2, slot % 2, x);
     }
     reinterpret_cast<float*>(keys + dp * kBlockSize)[slot] = k_most / 127.0f;
     reinterpret_cast<float*>(values + dp * kBlockSize)[slot] = v_most / 127.0f;

@@ -108,7 +108,7 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
-  Ahead* ahead = nullptr;  // the calling thread's
+  Ahead* ahead = nullptr;             // the calling thread's
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
 };
 

@@ -354,8 +354,7 @@ MIAOTUI_INLINE void wide_tile_of(const WideTile& tile, const QuantRows& rows, in
 inline void wide_panels(const Weight& w, int panel, int panels, const QuantRows& rows, int count, bool first,
                         Ahead* later, float* out, size_t out_panel) {
   const int lines = 8 * panels, tiles = count / kWideRows < 2 ? count / kWideRows : 2;
-  WideTile tile{
-      &w, panel, w.codes + (panel + panels) * w.panel_bytes, first && tiles ? lines / tiles : 0, nullptr, 0};
+  WideTile tile{&w, panel, w.codes + (panel + panels) * w.panel_bytes, first && tiles ? lines / tiles : 0, nullptr, 0};
   int taken = 0;
   for_tiles(count, [&](auto size, int r) {
     constexpr int M = decltype(size)::value, kParts = (M + kWideRows - 1) / kWideRows, kPart = M / kParts;

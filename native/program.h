@@ -119,7 +119,7 @@ class Program {
   Limits limits_;
   Memory arena_, workspace_, handed_, scratch_, attention_scratch_;
   std::vector<std::unique_ptr<Op>> ops_;
-  std::vector<const Op*> next_linear_;  // behind op i, if op i is a linear itself
+  std::vector<const Op*> next_linear_;         // behind op i, if op i is a linear itself
   std::vector<const LayerCache*> next_cache_;  // what the next op that reads the cache, from op i on, reads of it
   std::vector<size_t> runs_;  // where the blocks of this step's sequences lie in every layer's cache, cut to pieces
   std::unique_ptr<Ahead[]> ahead_;

@@ -143,7 +143,7 @@ class Duel:
         random = np.random.default_rng([20240229, regime.streams, regime.prompt])
         started = self.clock()
         for engine in (self.ours, self.peer):  # memory is touched and code compiled before anything counts
-            engine.generate(self._prompts(regime, random), min(regime.new_tokens, 4))
+            engine.generate(self._prompts(regime, random), regime.new_tokens)
         pairs: list[Pair] = []
         before = self.probe()
         while len(pairs) < self.plan.most:
