@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import random
 import signal
@@ -18,8 +20,9 @@ from miaotui.accelerate.attempt import Plan
 from miaotui.accelerate.journal import Journal
 from miaotui.accelerate.sample import in_order
 from miaotui.accelerate.search import TRIES, Outcome, looks
-from miaotui.accelerate.space import ORIGINAL, Candidate, Serving
+from miaotui.accelerate.space import ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Confirmation
+from miaotui.compress.recipe import Recipe
 from tests.accelerate.fakes import LOSSES, FakeWorkshop, fake_space, gain_of, loss_of, run_search
 
 PLAN = Plan("latency", 0.01, 600.0)
@@ -319,3 +322,35 @@ def test_what_must_lose_far_too_much_is_not_built(tmp_path: Path) -> None:
     assert sum(scheme(a.candidate).startswith("w4") for a in outcome.attempts) == 1
     reasons = [why for candidate, why in outcome.skipped if scheme(candidate).startswith("w4")]
     assert any("rounding changes its weights" in why for why in reasons)
+
+
+# -- how it is served ------------------------------------------------------------------------------------
+def test_serving_is_tuned_one_change_at_a_time(tmp_path: Path) -> None:
+    """Three changes help, each a little: they are found from one another, although all pairs and threes are there."""
+    helps = {"compute": 1.2, "kv_cache_dtype": 1.1, "max_num_batched_tokens": 1.08}
+
+    def gain(candidate: Candidate) -> float:
+        served = math.prod(helps.get(name, 0.7) for name in candidate.serving.options())
+        return (1.0 if candidate.recipe is None else 3.0) * served
+
+    computes, caches, tokens, seats = ("auto", "int8-batch"), ("auto", "int8"), (512, 1024), (64, 128, 32)
+    every = [Serving(*c) for c in itertools.product(computes, caches, (None,), (None,), seats, tokens)]
+    servings = sorted((s for s in every if s != Serving()), key=lambda s: len(s.options()))
+    space = Space((Candidate(Recipe(scheme="w8-sym", method="rtn")),), tuple(servings))
+    plan = Plan("throughput", 0.01, 600.0)
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(FakeWorkshop(gain=gain), journal, plan=plan, space=space, pick=in_order)
+    assert outcome.winner is not None
+    assert outcome.winner.candidate.serving == Serving("int8-batch", "int8", max_num_batched_tokens=1024)
+
+
+def test_weights_that_need_exact_activations_are_not_recoded(tmp_path: Path) -> None:
+    def loss(candidate: Candidate) -> float:
+        return 0.0 if candidate.recipe is None or candidate.serving.compute == "fp32" else 0.015
+
+    servings = (Serving("int8-batch"), Serving(kv_cache_dtype="int8"))
+    weights = tuple(Candidate(Recipe(scheme="w8-sym", method="rtn"), Serving(c)) for c in ("auto", "fp32"))
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(FakeWorkshop(loss=loss), journal, space=Space(weights, servings))
+    assert outcome.winner is not None
+    assert {a.candidate.serving.compute for a in outcome.attempts} == {"auto", "fp32"}

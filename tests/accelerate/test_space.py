@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miaotui.accelerate.goals import Workload, fitted
+from miaotui.accelerate.goals import Goal, Workload, fitted
 from miaotui.accelerate.predict import Predictor
 from miaotui.accelerate.source import Source, examine, grid_of, origin
 from miaotui.accelerate.space import LOOKED_AT, ORIGINAL, Candidate, Serving, Space, make_space
@@ -24,8 +24,8 @@ def source(**changes: object) -> Source:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def space(of: Source, budget: float = 900.0) -> Space:
-    return make_space(of, "latency", 2, 2, Calibration(), budget)
+def space(of: Source, budget: float = 900.0, goal: Goal = "latency") -> Space:
+    return make_space(of, goal, 2, 2, Calibration(), budget)
 
 
 def schemes(found: Space) -> set[str]:
@@ -52,6 +52,12 @@ def test_no_two_candidates_are_the_same() -> None:
     assert len({c.name for c in found.weights}) == len(found.weights)
     assert len(set(found.servings)) == len(found.servings)
     assert Serving() not in found.servings
+
+
+def test_what_changes_most_of_the_work_is_tried_first() -> None:
+    first = space(source(), goal="throughput").servings[:2]
+    assert first == (Serving("int8-batch"), Serving(kv_cache_dtype="int8"))
+    assert all(serving.compute == "auto" for serving in space(source(), goal="memory").servings)
 
 
 def test_what_gives_the_same_answers() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
-from miaotui.backends.cpu import _native
+from miaotui.backends.cpu import CpuBackend, _native
 from miaotui.backends.cpu.nodes import LinearNode, SelectNode, Value
 from miaotui.backends.cpu.plan import place
 from miaotui.backends.cpu.weights import Linear, Matrix, matrix, stored_matrix
-from miaotui.backends.ops import StepShape
+from miaotui.backends.ops import CacheSpec, StepShape
+from miaotui.errors import ResourceError
+from miaotui.hardware import detect
 from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import DenseTensor, GroupedTensor
 
@@ -66,3 +70,16 @@ def test_groups_without_a_panel_layout_keep_their_values(group: int) -> None:
         assert np.array_equal(values, tensor.dense32())
         assert (packed.perm is None) == (group == 24)
         assert packed.packed.code == ("float32" if group == 24 else "int4")
+
+
+def test_recoding_needs_memory_for_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = GroupedTensor(
+        QuantScheme(4, 32, True, "float16"), np.zeros((64, 32), np.uint8), np.ones((64, 1), np.float32), None
+    )
+    for free, enough in ((64 * 32, True), (64 * 32 - 1, False)):
+        monkeypatch.setattr(detect, "available_memory", lambda free=free: free)
+        backend = CpuBackend(SHAPE, CacheSpec(), compute="int8-batch", threads=1)
+        table = backend.ops.prepare_embedding(DenseTensor("float32", np.eye(32, dtype=np.float32)))
+        weight = backend.ops.prepare_linear([tensor])
+        with nullcontext() if enough else pytest.raises(ResourceError, match="Recoded weights take"):
+            backend.record(lambda ops, table=table, weight=weight: ops.linear(ops.embed(table), weight))

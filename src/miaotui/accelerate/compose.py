@@ -205,6 +205,11 @@ def _caveats(found: Findings, reports: Sequence[Mapping[str, Any]]) -> list[str]
     if winner is not None and winner.confirmation is not None and winner.confirmation.duel.others >= BUSY:
         taken = winner.confirmation.duel.others
         caveats.append(f"Other processes took {taken:.1f} cores during the last duel; its rounds alternate.")
+    if winner is not None and winner.candidate.serving.compute == "int8-batch":
+        caveats.append(
+            "Served so, a stream's answer may depend on how many others run with it: steps of 16 tokens and more are"
+            " computed on recoded weights. `--compute auto` serves the same weights without."
+        )
     throttled = max(report["machine"]["disturbance"]["throttled"] for report in reports)
     if throttled:
         caveats.append(f"The processor slowed itself down {throttled} times while the regimes were measured.")
