@@ -22,7 +22,7 @@ from miaotui.compress.options import steps_of
 from miaotui.compress.places import Model
 from miaotui.compress.progress import silent
 from miaotui.compress.recipe import Recipe
-from miaotui.compress.run import Report, calibration_text, compress
+from miaotui.compress.run import Report, _unseen, calibration_text, compress
 from miaotui.compress.train import losses, network
 from miaotui.compress.types import Place
 from miaotui.compress.walk import walk
@@ -32,12 +32,12 @@ from miaotui.model.families import read_spec
 from miaotui.quant.tensor import GroupedTensor
 from tests.compress import toy_folders
 from tests.compress.test_calibrate import words
-from tests.compress.test_compress import KILLED, logits
+from tests.compress.test_compress import KILLED
 from tests.compress.test_write_gguf import original as gguf_original
 from tests.compress.test_write_gguf import sized
 from tests.compress.toys import toy_case, write_original
 
-QUICK = {"epochs": 2, "batch": 4, "rate": 0.004, "norm_rate": 0.004}
+QUICK = {"windows": 64, "epochs": 2, "batch": 4, "rate": 0.004, "norm_rate": 0.004}
 
 
 @pytest.fixture
@@ -59,8 +59,15 @@ def recipe(source: Path, options: dict[str, Any] | None = None, windows: int = 6
 
 
 def divergence(one: Path, other: Path) -> float:
-    """Of predictions for 40 tokens that are no calibration, in float64."""
-    p, q = (torch.log_softmax(torch.from_numpy(logits(folder)).double(), dim=1) for folder in (one, other))
+    """Of predictions for 50 other windows of random tokens, by the trainer's decoder."""
+    tokens, found = torch.randint(0, 96, (50, 32), generator=torch.Generator().manual_seed(5)), []
+    for folder in (one, other):
+        checkpoint = open_checkpoint(folder)
+        spec, names = read_spec(checkpoint)
+        values = network.read(Model(checkpoint, spec, names))
+        last = network.run(spec, values, tokens).last
+        found.append(torch.log_softmax(network.logits(spec, last, values[network.head_of(spec)]).double(), dim=1))
+    p, q = found
     return float((p.exp() * (p - q)).sum(dim=1).mean())
 
 
@@ -103,6 +110,17 @@ def test_training_that_does_harm_is_given_up(original: Path, source: Path, tmp_p
     assert spoilt.divergence["after"] > spoilt.divergence["before"]
     weights = [(report.path / "model.safetensors").read_bytes() for report in (spoilt, plain)]
     assert weights[0] == weights[1]
+
+
+def test_it_learns_from_windows_that_the_rounding_did_not_see(original: Path, source: Path) -> None:
+    checkpoint = open_checkpoint(original)
+    model, chosen = Model(checkpoint, *read_spec(checkpoint)), recipe(source, {"windows": 24})
+    text = calibration_text(model, chosen)
+    unseen = _unseen(model, chosen, text, None)
+    assert unseen is not None
+    assert unseen.tokens.shape == (24, 32)
+    assert not {row.tobytes() for row in unseen.tokens} & {row.tobytes() for row in text.tokens}
+    assert _unseen(model, recipe(source, method="rtn"), text, None) is None
 
 
 # -- against autograd over the whole model -------------------------------------------------------------------------
@@ -191,7 +209,7 @@ def test_the_original_is_read_once(tmp_path: Path) -> None:
 # -- from disk -----------------------------------------------------------------------------------------------------
 def test_killed_while_it_trains_it_ends_with_the_same_bytes(original: Path, source: Path, tmp_path: Path) -> None:
     """While the original is asked, and after the first and the second of four steps."""
-    chosen = recipe(source, {"epochs": 1, "batch": 2}, windows=8)
+    chosen = recipe(source, {"windows": 8, "epochs": 1, "batch": 2}, windows=8)
     (tmp_path / "recipe.yaml").write_text(chosen.yaml())
     run = [sys.executable, "-c", KILLED, str(original), str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -220,7 +238,7 @@ def test_a_gguf_file_s_scales_are_trained_too(source: Path, tmp_path: Path) -> N
     [
         ({"method": "fp8+scales", "scheme": "fp8"}, "scales of fp8 weights"),
         ({"method": "rtn+scales", "options": {"scales": {"epoch": 2}}}, "Did you mean 'epochs'"),
-        ({"method": "rtn+scales", "options": {"scales": {"epochs": 0}}}, "for 0 epochs"),
+        ({"method": "rtn+scales", "options": {"scales": {"epochs": 0}}}, "on 64 windows for 0 epochs"),
         ({"method": "rtn+scales", "options": {"scales": {"rate": float("nan")}}}, "rates nan"),
         ({"method": "scales+rtn"}, "Write rtn+scales"),
         ({"method": "rtn", "options": {"scales": {}}}, "which the method 'rtn' lacks"),

@@ -84,9 +84,11 @@ def estimate(model: Model, recipe: Recipe, *, gathers: bool) -> Estimate:
     own = weights + (4 * stream if recipe.propagate or "qat" in recipe.steps else 0)
     if "scales" in recipe.steps:
         learnt, streams = _learnt(recipe, spec, weights), stream // calibration.windows
-        batch = steps_of(recipe, spec).scales.batch  # type: ignore[union-attr]
-        training = 4 * learnt + TRAINED * (layer + running) + (count + 4) * batch * streams + 2 * table
-        memory, own = max(memory, LIBRARIES + SLACK + training), own + 3 * stream + 6 * learnt
+        scales = steps_of(recipe, spec).scales
+        assert scales is not None
+        training = 4 * learnt + TRAINED * (layer + running) + (count + 4) * scales.batch * streams + 2 * table
+        memory = max(memory, LIBRARIES + SLACK + training)
+        own += 3 * scales.windows * streams + 6 * learnt
     artefact = weights + 2 * table
     return Estimate(memory, {"cache": cache, "output": own + artefact})
 
@@ -212,6 +214,9 @@ def _training(work: Work) -> float:
         return 0.0
     with products(work.precision) as product:
         once, _, chunks = _once(work, product)
+    text = work.text
+    assert text is not None
+    chunks *= work.steps.scales.windows / len(text.tokens)
     return len(work.model.spec.layers) * once * chunks * (1.5 + 5 * work.steps.scales.epochs)
 
 

@@ -91,6 +91,7 @@ def compress(
     cache = cache or cache_folder() / "calibration"
     clock = _Clock(tell)
     text = calibration_text(source, recipe, write) if recipe.calibrates else None
+    unseen = _unseen(source, recipe, text, write)
     work = Work(
         source, recipe, out.parent / f".{out.name}.work", text, None,
         resolved(recipe.calibration.precision, device_of(device)), device_of(device),
@@ -106,8 +107,8 @@ def compress(
         solved = walk(work, tell)
         clock.end("solve")
         divergence = None
-        if work.steps.scales is not None:
-            solved, divergence = train(work, solved, tell)
+        if unseen is not None:
+            solved, divergence = train(replace(work, text=unseen), solved, tell)
             clock.end("train")
         _write(solved, recipe, out, _made_with(model, work), clock)
     shutil.rmtree(work.folder, ignore_errors=True)
@@ -188,6 +189,22 @@ def calibration_text(model: Model, recipe: Recipe, write: Write | None = None) -
     has = find_chat_templates(model.checkpoint)
     template = ChatTemplate.from_checkpoint(model.checkpoint, tokenizer) if has else None
     return windows(tokenizer, recipe.calibration, chat_template=template, write=write)
+
+
+def _unseen(model: Model, recipe: Recipe, text: CalibrationText | None, write: Write | None) -> CalibrationText | None:
+    """The windows that scales are trained on, if they are: those of the same source that the rounding is not given."""
+    trained = steps_of(recipe, model.spec).scales
+    if trained is None or text is None:
+        return None
+    count = recipe.calibration.windows + trained.windows
+    more = calibration_text(model, recipe.with_(calibration=replace(recipe.calibration, windows=count)), write)
+    seen = {row.tobytes() for row in text.tokens}
+    chosen = [i for i, row in enumerate(more.tokens) if row.tobytes() not in seen][: trained.windows]
+    if not chosen:
+        raise UsageError(
+            "The calibration's text repeats itself: no window is left to train scales on.", "Give more text."
+        )
+    return replace(more, tokens=more.tokens[chosen])
 
 
 @contextlib.contextmanager
