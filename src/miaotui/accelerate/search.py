@@ -23,13 +23,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from miaotui.accelerate.attempt import Attempt, Plan
+from miaotui.accelerate.bounds import Bounds, fastest
 from miaotui.accelerate.card import Floor
 from miaotui.accelerate.goals import gain_of_rounds
 from miaotui.accelerate.ledger import FailedError, Ledger
 from miaotui.accelerate.sample import Pick, Tried
 from miaotui.accelerate.space import DEFAULT, METHODS, ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Duel
-from miaotui.accelerate.wording import loss_sentence, percent, times
+from miaotui.accelerate.wording import loss_sentence, times
 from miaotui.hardware.sensors import BUSY
 
 SCREEN, HALVE, TUNE, CONFIRM = 0.5, 0.6, 0.75, 0.9
@@ -38,14 +39,6 @@ FIRST_LOOK = 8
 """Windows that reject the hopeless; then twice as many, and so on."""
 ROUNDS, TRIES = 3, 3
 """Of a first duel; and how often it is repeated while others disturb it."""
-SLACK = 0.8
-"""The ceiling model may be so wrong about one candidate against another."""
-HOPELESS = 8
-"""Where even the low end of the loss is so many floors, no other method brings it back."""
-SAVED = {"rtn": 1.0, "hqq": 0.7, "awq": 0.4, "gptq": 0.25, "awq+gptq": 0.2}
-"""What is left of the loss by plain rounding, at the best."""
-COMPARABLE = 20
-"""From so many times the error on, a loss tells nothing about another."""
 LEAST_GAIN = 1.02
 """Less is not worth another artefact."""
 MOST_TUNED, MOST_CONFIRMED = 12, 3
@@ -79,7 +72,7 @@ def search(
     plan: Plan, space: Space, ledger: Ledger, gains: Callable[[Candidate], float], pick: Pick, tell: Tell
 ) -> Outcome:
     """Run it, or finish one that the ledger's journal has begun. `gains` is the ceiling model."""
-    return _Search(plan, space, ledger, gains, pick, tell).run()
+    return _Search(plan, space, ledger, gains, pick, tell, Bounds(plan, space, gains)).run()
 
 
 @dataclass
@@ -90,6 +83,7 @@ class _Search:
     gains: Callable[[Candidate], float]
     pick: Pick
     tell: Tell
+    bounds: Bounds
     attempts: list[Attempt] = field(default_factory=list)
     skipped: list[tuple[Candidate, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -111,11 +105,8 @@ class _Search:
         """All stages once; `screening` is the share of the budget until which new weights are looked at."""
         self._screen(screening)
         self._halve()
-        best = self._best()
+        best = fastest(self.attempts)
         return self._confirm(self._tune(best), best)
-
-    def _best(self) -> Attempt | None:
-        return max((a for a in self.attempts if a.stands), key=lambda a: a.value, default=None)
 
     def _explain(self) -> None:
         """A reason for all that stood and were not needed."""
@@ -170,74 +161,12 @@ class _Search:
     def _worthwhile(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         kept = []
         for candidate in candidates:
-            why = self._needless(candidate)
+            why = self.bounds.needless(candidate, self.attempts)
             if why is None:
                 kept.append(candidate)
             else:
                 self.skipped.append((candidate, why))
         return kept
-
-    def _needless(self, candidate: Candidate) -> str | None:
-        """Why it cannot win any more; None while it can."""
-        promised = self.gains(candidate)
-        if promised < 1:
-            return f"at its ceiling it would be {promised:.2f}× the original"
-        for other in self.attempts:
-            why = self._settled_by(other, candidate)
-            if why is not None:
-                return why
-        feared = self._feared(candidate)
-        if feared is not None:
-            return feared
-        best = self._best()
-        if best is not None and best.value > 1 and promised < SLACK * best.predicted:
-            return (
-                f"at the ceilings it promises {promised:.2f}× where {best.name} promised {best.predicted:.2f}×"
-                f" (and was measured at {best.value:.2f}×)"
-            )
-        return None
-
-    def _feared(self, candidate: Candidate) -> str | None:
-        """Why it must lose far too much: its weights are changed so much more than those of one that was measured.
-
-        A loss is taken to grow with the squared error of the weights, of which the best methods save `SAVED`.
-        """
-        mine = self.space.error(candidate)
-        if mine is None or candidate.recipe is None:
-            return None
-        for other in self.attempts:
-            theirs, ratio = self.space.error(other.candidate), other.ratio
-            if theirs is None or ratio is None or ratio.low is None or other.candidate.recipe is None:
-                continue
-            if mine > COMPARABLE * theirs:
-                continue
-            saved = SAVED[candidate.recipe.method] / SAVED[other.candidate.recipe.method]
-            loss = (ratio.low - 1) * mine / theirs * saved
-            if loss > HOPELESS * max(self.plan.floor, 0.005):
-                return (
-                    f"rounding changes its weights {mine / theirs:.1f}× as much as those of {other.name},"
-                    f" which lose {percent(ratio.value - 1)}"
-                )
-        return None
-
-    def _settled_by(self, other: Attempt, candidate: Candidate) -> str | None:
-        """What another method, or the same weights computed otherwise, already tells about it."""
-        mine, theirs = candidate.features(), other.candidate.features()
-        differing = [name for name in mine if mine[name] != theirs[name]]
-        ratio = other.ratio
-        if ratio is None or other.failed:
-            return None
-        if differing == ["blocks"] and not other.holds and _layers(other.candidate) >= _layers(candidate):
-            return f"{other.name} already loses {percent(ratio.value - 1)}"
-        if differing == ["method"] and other.holds:
-            return f"{other.name} keeps the floor with the same numbers, and runs as fast"
-        if differing == ["method"] and ratio.low is not None and ratio.low > 1 + HOPELESS * max(self.plan.floor, 0.005):
-            return f"{other.name} loses {percent(ratio.value - 1)}: no method brings that back"
-        if differing == ["compute"] and other.holds:
-            return f"{other.name} keeps the floor with activations in int8"
-        if differing == ["compute"] and ratio.value > 1 + self.plan.floor + 0.01:
-            return f"{other.name} loses {percent(ratio.value - 1)}, far more than its activations can be blamed for"
-        return None
 
     def _waits(self, candidate: Candidate) -> bool:
         """Exact activations are of interest once coded ones have broken the floor; a cut once all layers keep it."""
@@ -397,10 +326,6 @@ class _Search:
 
     def _leave(self, candidates: Sequence[Candidate], why: str) -> None:
         self.skipped += [(candidate, why) for candidate in candidates]
-
-
-def _layers(candidate: Candidate) -> float:
-    return float("inf") if candidate.blocks is None else candidate.blocks
 
 
 def looks(windows: int) -> Iterator[int]:
