@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import stat
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,10 @@ MAX_HEADER = 100_000_000
 MAX_JSON_OBJECTS, MAX_JSON_ITEMS = 1_000_000, 8_000_000
 """Objects and lists, and values in them, that a JSON text may have: small text can become much memory."""
 
+OF_ONE_TENSOR = 4
+"""Arrays of a file that one tensor may be made of (codes, scales, zero points, shape): read together, after the last of
+them was handed out."""
+
 AGAIN = "Download it again, or pass a file that is whole."
 
 
@@ -32,8 +37,8 @@ def damaged(path: Path, cause: str, hint: str = AGAIN) -> NoReturn:
 class MappedFile:
     """A regular file mapped read-only. Arrays are views of the map and keep it alive; nothing is copied.
 
-    Pages of the array handed out last are given back to the system when the next one is asked for, so that what
-    is resident stays near the largest array. A view that is still held stays valid: its pages come back when touched.
+    Pages of an array are given back to the system when `OF_ONE_TENSOR` others have been asked for, so that what is
+    resident stays near the largest arrays. A view that is still held stays valid: its pages come back when touched.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,27 +55,27 @@ class MappedFile:
         self.path = path
         self.size = len(self.map)
         self.modified = status.st_mtime_ns
-        self._last: tuple[int, int] | None = None
+        self._recent: deque[tuple[int, int]] = deque()
 
     def array(self, start: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """A read-only view; the caller has checked that it lies in the file."""
-        self._release()
+        while len(self._recent) >= OF_ONE_TENSOR:
+            self._release(*self._recent.popleft())
         count = int(np.prod(shape, dtype=object))
         if count == 0:
             return np.empty(shape, dtype)
         view = np.frombuffer(self.map, dtype, count, start).reshape(shape)
-        self._last = (start, view.nbytes)
+        self._recent.append((start, view.nbytes))
         return view
 
-    def _release(self) -> None:
-        if self._last is None or not hasattr(mmap, "MADV_DONTNEED"):
+    def _release(self, start: int, length: int) -> None:
+        """Give back the memory of a part that was read; whoever reads it again has it read from the file again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
             return
-        start, length = self._last
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
             self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
-        self._last = None
 
 
 def fingerprint(files: Iterable[tuple[MappedFile, int]]) -> str:
