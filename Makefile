@@ -53,7 +53,7 @@ clean:
 	@echo "==> create .venv with the build tools ($(PYTHON))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > .venv/build-requires.txt
-	$(PIP) install -c constraints.txt -r .venv/build-requires.txt
+	$(PIP) install -c constraints.txt -r .venv/build-requires.txt setuptools
 	@touch $@
 
 .venv/.base: .venv/.tools CMakeLists.txt $(NATIVE)
