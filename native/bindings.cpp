@@ -269,7 +269,8 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   const Inputs inputs = weights[0]->view.inputs;
   for (const auto& weight : weights)
     if (weight->view.inputs != inputs) throw std::invalid_argument("parts whose inputs are coded differently");
-  if (handed && inputs != Inputs::By32) throw std::invalid_argument("what is handed on is quantised by groups");
+  if ((hands_on || handed) && inputs != Inputs::By32)
+    throw std::invalid_argument("what is handed on is quantised by groups, on both sides");
   if ((hands_on || handed) && (!integer || perm || of_logits))
     throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))

@@ -34,7 +34,7 @@ struct Weight {
   int fold = 32;  // elements between two foldings of the integer sum into float: 16 or 32
   int folds_per_group = 1;
   int groups = 0;
-  Inputs inputs = Inputs::By32;  // other than that only for INT8 with one scale a row
+  Inputs inputs = Inputs::By32;  // By64 only for INT8 with one scale a row
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const uint8_t* mins = nullptr;
@@ -43,8 +43,9 @@ struct Weight {
 
   bool integer() const { return code == Code::INT4 || code == Code::INT8; }
   int zero() const { return has_min ? 0 : code == Code::INT4 ? 8 : 128; }
+  bool whole_rows() const { return groups == 1 && fold == 32 && !has_min; }
   // Integer sums that need no folding by 32: a step takes two panels at once.
-  bool wide() const { return code == Code::INT8 && groups == 1 && fold == 32 && !has_min && inputs != Inputs::By32; }
+  bool wide() const { return code == Code::INT8 && whole_rows() && inputs != Inputs::By32; }
 };
 
 // Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127]. By token, all groups of a row

@@ -193,7 +193,7 @@ PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const Pac
   const Weight& from = weight.view;
   PackedWeight packed;
   Weight& w = packed.view;
-  if (from.code == Code::INT8 && from.groups == 1 && from.fold == 32 && !from.has_min) {
+  if (from.code == Code::INT8 && from.whole_rows()) {
     packed = weight;
     w.inputs = Inputs::By64;
     return packed;

@@ -185,18 +185,18 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
 }
 
 void LinearOp::prefetch(const Context& c, int thread) const {
-  const size_t ahead = c.step.tokens > kPreparedByEach ? kAheadOfMany : kAhead;
+  if (c.step.tokens > kPreparedByEach) return;
   int first, last, begin = 0;
   share(c, thread, first, last);
   for (const Part& part : parts) {
-    const Weight& w = weight_of(c, part);
+    const Weight& w = *part.weight;
     if (gated) begin = 0;
     if (first >= begin && first < begin + w.panels) {
       const size_t panel = static_cast<size_t>(first - begin), there = static_cast<size_t>(w.panels) - panel;
-      const size_t bytes = std::min(there * w.panel_bytes, ahead);
+      const size_t bytes = std::min(there * w.panel_bytes, kAhead);
       const uint8_t* codes = w.codes + panel * w.panel_bytes;
       for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
-      const size_t scales = std::min(there * w.panel_scale_bytes, ahead / 8);
+      const size_t scales = std::min(there * w.panel_scale_bytes, kAhead / 8);
       for (size_t i = 0; i < scales; i += 64) {
         __builtin_prefetch(w.scales + panel * w.panel_scale_bytes + i, 0, 2);
         if (w.has_min) __builtin_prefetch(w.mins + panel * w.panel_scale_bytes + i, 0, 2);

@@ -14,7 +14,7 @@ constexpr int kPreparedByEach = kStreamingRows;
 constexpr int kWideFrom = 16;
 
 // Bytes of a linear's weights that each thread asks for ahead, when few rows make the step wait for memory.
-constexpr size_t kAhead = 32 << 10, kAheadOfMany = (48 << 10);
+constexpr size_t kAhead = 32 << 10;
 
 // Input rows in the forms that kernels read: float32 padded to k_pad, quantised, or both.
 struct PreparedRows {

@@ -11,7 +11,7 @@ from miaotui.backends.cpu import CpuBackend, _native
 from miaotui.backends.cpu.nodes import LinearNode, SelectNode, Value
 from miaotui.backends.cpu.plan import place
 from miaotui.backends.cpu.weights import Linear, Matrix, matrix, stored_matrix
-from miaotui.backends.ops import CacheSpec, StepShape
+from miaotui.backends.ops import CacheSpec, ComputeType, Step, StepShape
 from miaotui.errors import ResourceError
 from miaotui.hardware import detect
 from miaotui.quant.scheme import QuantScheme
@@ -83,3 +83,32 @@ def test_recoding_needs_memory_for_a_second_copy(monkeypatch: pytest.MonkeyPatch
         weight = backend.ops.prepare_linear([tensor])
         with nullcontext() if enough else pytest.raises(ResourceError, match="Recoded weights take"):
             backend.record(lambda ops, table=table, weight=weight: ops.linear(ops.embed(table), weight))
+
+
+@pytest.mark.parametrize("compute", ["auto", "int8-batch"])
+@pytest.mark.parametrize("isa", _native.isas())
+def test_a_linear_whose_input_is_coded_by_token_may_feed_one_whose_is_not(isa: str, compute: ComputeType) -> None:
+    rng = np.random.default_rng(0)
+
+    def tensor(height: int, width: int, group: int | None, *, by_token: bool) -> GroupedTensor:
+        bits = 8 if by_token else 4
+        codes = rng.integers(0, 1 << bits, (height, width), dtype=np.uint8)
+        scale = np.full((height, width // (group or width)), 0.01, np.float32)
+        return GroupedTensor(QuantScheme(bits, group, True, "float16"), codes, scale, None, by_token=by_token)
+
+    gate, up = (tensor(96, 64, None, by_token=True) for _ in range(2))
+    down, table = tensor(64, 96, 32, by_token=False), DenseTensor("float32", rng.random((24, 64), np.float32))
+    results = []
+    for fuse in (True, False):
+        shape = StepShape(max_tokens=24, max_seqs=1, max_logits_rows=24, max_model_len=32)
+        backend = CpuBackend(shape, CacheSpec(), compute=compute, isa=isa, threads=2, fuse=fuse)
+        ops = backend.ops
+        both, one, embedding = ops.prepare_linear([gate, up]), ops.prepare_linear([down]), ops.prepare_embedding(table)
+        executor = backend.record(
+            lambda o, e=embedding, b=both, d=one: o.linear(o.gated(o.linear(o.embed(e), b), "silu"), d)
+        )
+        executor.allocate_cache(2)
+        ids = np.arange(24, dtype=np.int32)
+        ends, rows = np.array([0, 24], np.int32), np.array([24], np.int32)
+        results.append(executor.run(Step(ids, ids, ends, rows, np.zeros((1, 2), np.int32), ids)).copy())
+    assert np.array_equal(*results)

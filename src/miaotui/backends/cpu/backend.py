@@ -94,7 +94,8 @@ class CpuBackend:
         """Recodes weights one after another into memory of their own, in the order of the step."""
         if not self._wide:
             return None
-        needed = sum(m.height * m.width for n in self._ops.nodes if isinstance(n, LinearNode) for m in n.weight.parts)
+        linears = [n for n in self._ops.nodes if isinstance(n, LinearNode) and not n.exact]
+        needed = sum(m.height * m.width for n in linears for m in n.weight.parts if m.in_groups)
         free = detect.available_memory()
         if needed > free:
             cause = f"Recoded weights take {needed / 2**30:.1f} GiB more, and {free / 2**30:.1f} GiB are free."

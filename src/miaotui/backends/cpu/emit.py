@@ -21,7 +21,7 @@ from miaotui.backends.cpu.nodes import (
     Value,
 )
 from miaotui.backends.cpu.plan import Places
-from miaotui.backends.cpu.weights import INTEGER
+from miaotui.backends.cpu.weights import Matrix
 from miaotui.backends.ops import CacheType, NormWeight, Rope
 
 Place = tuple[int, int]
@@ -107,16 +107,15 @@ class Emitter:
             perm=chosen[0].perm,
             hands_on=node.hands_on,
             handed=node.handed,
-            wide=self._wide([part.packed for part in chosen], node.exact),
+            wide=self._wide(chosen, node.exact),
             out=self._at(node.output),
         )
 
-    def _wide(self, weights: list[PackedWeight], exact: bool) -> list[PackedWeight]:
+    def _wide(self, parts: list[Matrix], exact: bool) -> list[PackedWeight]:
         """The weights once more, integers recoded for many rows, where that was asked for and helps."""
-        integers = [w for w in weights if w.code in INTEGER]
-        if self.widen is None or exact or not integers or any(w.by_token for w in integers):
+        if self.widen is None or exact or not any(part.in_groups for part in parts):
             return []
-        return [self.widen(w) if w.code in INTEGER else w for w in weights]
+        return [self.widen(part.packed) if part.in_groups else part.packed for part in parts]
 
     def _cache_shape(self, node: RopeNode | AttentionNode) -> CacheShape:
         a = node.attention

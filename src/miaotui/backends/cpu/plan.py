@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 from miaotui.backends.cpu._native import row_stride
 from miaotui.backends.cpu.nodes import ActivateNode, LinearNode, Node, NormNode, Value
-from miaotui.backends.cpu.weights import INTEGER, Linear
+from miaotui.backends.cpu.weights import Linear
 from miaotui.backends.ops import StepShape
 
 ALIGN = 16
@@ -44,12 +44,13 @@ def fused(nodes: list[Node], quantised: bool) -> list[Node]:
 
 
 def _hands_on(linear: Node | None) -> TypeGuard[LinearNode]:
-    """Whether its result can leave quantised: whole groups of columns of integer weights."""
+    """Whether its result can leave quantised: whole groups of columns of integer weights, whose own input is coded as
+    the next one's is."""
     if not isinstance(linear, LinearNode):
         return False
     parts = linear.weight.parts
     one = len(parts) == 1 or linear.gated
-    return one and not linear.exact and parts[0].height % 32 == 0 and all(p.packed.code in INTEGER for p in parts)
+    return one and not linear.exact and parts[0].height % 32 == 0 and all(p.in_groups for p in parts)
 
 
 def _takes_handed(linear: Node) -> TypeGuard[LinearNode]:
@@ -58,7 +59,7 @@ def _takes_handed(linear: Node) -> TypeGuard[LinearNode]:
         return False
     parts = linear.weight.parts
     plain = linear.norm is None and not linear.exact and not linear.output.of_logits
-    return plain and all(p.perm is None and p.packed.code in INTEGER and not p.packed.by_token for p in parts)
+    return plain and all(p.perm is None and p.in_groups for p in parts)
 
 
 def _takes(linear: LinearNode, activate: ActivateNode) -> bool:

@@ -40,6 +40,11 @@ class Matrix:
     def nbytes(self) -> int:
         return int(self.packed.nbytes)
 
+    @property
+    def in_groups(self) -> bool:
+        """Whether it holds integers whose input is quantised in groups of neighbours."""
+        return self.packed.code in INTEGER and not self.packed.by_token
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
