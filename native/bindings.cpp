@@ -359,6 +359,11 @@ void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Ar
   program.run(step);
 }
 
+void likeliest(const Program& program, Array1<int32_t> rows, nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig> tokens) {
+  if (tokens.shape(0) != rows.shape(0)) throw std::invalid_argument("the arrays differ in length");
+  for (size_t i = 0; i < rows.shape(0); ++i) tokens.data()[i] = program.likeliest(rows.data()[i]);
+}
+
 using BlockBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void check_block_bytes(const Program& program, size_t bytes) {
@@ -451,6 +456,8 @@ NB_MODULE(_native, module) {
       .def("write_block", &write_block, "block"_a, "content"_a)
       .def_prop_ro("block_bytes", &Program::block_bytes)
       .def("run", &run, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a, "logits_rows"_a)
+      .def("likeliest", &likeliest, "rows"_a, "tokens"_a,
+           "Each row's greatest column of the last run's logits, the first of equals; -1 where that is not known.")
       .def(
           "view", [](nb::handle self, const Place& place, size_t rows) { return view(self, place, rows); }, "place"_a,
           "rows"_a, "Rows of a buffer as an array that shares its memory.")

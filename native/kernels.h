@@ -98,6 +98,12 @@ struct Epilogue {
   size_t out_stride = 0;
 };
 
+// Of each row's results so far the greatest, sixteen columns beside one another: which panel had the first of equals.
+struct Greatest {
+  float* value = nullptr;  // [rows][16]
+  float* panel = nullptr;  // [rows][16], whole numbers
+};
+
 struct LinearArgs {
   const Weight* weight = nullptr;
   const Weight* up = nullptr;  // with it, the result is act(weight row) * (up row)
@@ -109,7 +115,8 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
-  Ahead* ahead = nullptr;             // the calling thread's
+  Ahead* ahead = nullptr;  // the calling thread's
+  Greatest greatest;       // the calling thread's, of these rows; with it, results are looked at on their way out
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
 };
 

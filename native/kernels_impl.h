@@ -481,6 +481,14 @@ MIAOTUI_INLINE F16x soften(F16x x, float cap) {
   return cap == 0.0f ? x : mul(splat(cap), tanh_lanes(div(x, splat(cap))));
 }
 
+// The first of equals stays, and so does anything beside a NaN.
+MIAOTUI_INLINE void note_greatest(const Greatest& greatest, int row, int panel, F16x y) {
+  float *value = greatest.value + row * 16, *at = greatest.panel + row * 16;
+  const F16x most = load(value);
+  store(at, where_greater(y, most, splat(static_cast<float>(panel)), load(at)));
+  store(value, where_greater(y, most, y, most));
+}
+
 // A panel's results on their way out: rows of `to`, `stride` floats apart. `row0` is the first one's place in the step.
 inline void finish(const LinearArgs& args, int panel, int row0, int rows, const float* result, const float* up,
                    float* to, size_t stride) {
@@ -492,6 +500,7 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
       F16x y = mul(load(result + r * 16), scale);
       if (e.add) y = add(y, load(e.add + (row0 + r) * e.add_stride + at));
       store(to + r * stride, y);
+      if (args.greatest.value) note_greatest(args.greatest, row0 + r, panel, y);
     }
     return;
   }
@@ -506,7 +515,13 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
       y = act_lanes(y, args.act);
     y = mul(y, scale);
     if (e.add) y = add(y, load_n(e.add + (row0 + r) * e.add_stride + at, n));
-    store_n(to + r * stride, soften(y, e.softcap), n);
+    y = soften(y, e.softcap);
+    store_n(to + r * stride, y, n);
+    if (!args.greatest.value) continue;
+    float lanes[16];
+    for (float& lane : lanes) lane = -__builtin_inff();
+    store_n(lanes, y, n);
+    note_greatest(args.greatest, row0 + r, panel, load(lanes));
   }
 }
 

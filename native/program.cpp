@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 namespace miaotui {
@@ -60,6 +61,13 @@ void Program::finish() {
     const LayerCache* read = ops_[i]->reads_cache();
     next_cache_[i] = read ? read : next_cache_[i + 1];
   }
+  if (!ops_.empty() && ops_.back()->note_greatest()) {
+    const size_t values = static_cast<size_t>(threads()) * static_cast<size_t>(limits_.max_rows) * 16;
+    greatest_ = Memory(2 * values * sizeof(float) + 64, Pages::small);
+    context_.greatest.value = reinterpret_cast<float*>(greatest_.data());
+    context_.greatest.panel = context_.greatest.value + values;
+    context_.greatest_rows = limits_.max_rows;
+  }
   ahead_ = std::make_unique<Ahead[]>(static_cast<size_t>(threads()));
   context_.ahead = ahead_.get();
   context_.workspace = workspace_.data();
@@ -80,6 +88,21 @@ size_t Program::block_bytes() const {
   size_t total = 0;
   for (const LayerSlot& slot : layers_) total += slot.bytes;
   return total;
+}
+
+int Program::likeliest(int row) const {
+  if (!context_.greatest.value || row < 0 || row >= context_.step.rows) return -1;
+  float best = -std::numeric_limits<float>::infinity();
+  int column = -1;
+  for (int t = 0; t < threads(); ++t) {
+    const Greatest mine = context_.greatest_of(t);
+    for (int i = row * 16; i < row * 16 + 16; ++i) {
+      const int at = static_cast<int>(mine.panel[i]) * kRowsPerPanel + i % 16;
+      if (mine.value[i] > best || (mine.value[i] == best && column >= 0 && at < column))
+        best = mine.value[i], column = at;
+    }
+  }
+  return column;
 }
 
 // A block holds every layer's part, one after another: a short context touches little memory, and a block is copied

@@ -32,6 +32,13 @@ struct Context {
   std::vector<uint8_t*> scratch;  // one for each thread
   uint8_t* attention_scratch = nullptr;
   Ahead* ahead = nullptr;  // one for each thread: what it reads of the cache in the next attention
+  Greatest greatest;       // of the logits: [threads][max_rows][16]
+  int greatest_rows = 0;   // max_rows
+
+  Greatest greatest_of(int thread) const {
+    const size_t at = static_cast<size_t>(thread) * static_cast<size_t>(greatest_rows) * 16;
+    return {greatest.value + at, greatest.panel + at};
+  }
 };
 
 class Op {
@@ -49,6 +56,8 @@ class Op {
   virtual size_t attention_bytes(const Limits&, int) const { return 0; }
 
   virtual bool streams_weights() const { return false; }
+  // From now on, note the greatest of each row of results; false where it cannot.
+  virtual bool note_greatest() { return false; }
   // The cache that it reads whole; null if it reads none, or a part.
   virtual const LayerCache* reads_cache() const { return nullptr; }
 
@@ -95,6 +104,9 @@ class Program {
   // The step's arrays stay the caller's; throws std::invalid_argument when it exceeds the limits.
   void run(const StepView& step);
 
+  // The column of the greatest of row `row` of the last run's logits, the first of equals; -1 where that is not known.
+  int likeliest(int row) const;
+
   // Room for `blocks` blocks of every layer, zeroed and untouched.
   void allocate_cache(int64_t blocks);
   void copy_block(int64_t from, int64_t to);
@@ -117,7 +129,7 @@ class Program {
 
   std::shared_ptr<Pool> pool_;
   Limits limits_;
-  Memory arena_, workspace_, handed_, scratch_, attention_scratch_;
+  Memory arena_, workspace_, handed_, scratch_, attention_scratch_, greatest_;
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<const Op*> next_linear_;         // behind op i, if op i is a linear itself
   std::vector<const LayerCache*> next_cache_;  // what the next op that reads the cache, from op i on, reads of it

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace miaotui {
 namespace {
@@ -159,6 +160,10 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
   const QuantRows next =
       PreparedRows::in(c.handed, args.rows, static_cast<int>(out.width), false, true, nullptr, 0).quant;
   if (hands_on) args.handed = &next;
+  if (greatest) {
+    args.greatest = c.greatest_of(thread);
+    std::fill_n(args.greatest.value, args.rows * 16, -std::numeric_limits<float>::infinity());
+  }
   int first, last, begin = 0;
   share(c, thread, first, last);
   for (size_t i = 0; i < (gated ? 1 : parts.size()); ++i) {

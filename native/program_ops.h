@@ -80,6 +80,7 @@ struct LinearOp : Op {
   void run(const Context& c, int phase, int thread) const override;
   void prefetch(const Context& c, int thread) const override;
   bool streams_weights() const override { return true; }
+  bool note_greatest() override { return greatest = of_logits && !gated && parts.size() == 1; }
   size_t workspace_bytes(const Limits& limits) const override;
   size_t handed_bytes(const Limits& limits) const override;
   size_t scratch_bytes() const override;
@@ -94,6 +95,7 @@ struct LinearOp : Op {
   bool quantised = true;  // integer weights meet int8 activations; false is the exact float32 path
   bool hands_on = false;  // out goes quantised to the next linear, which takes it `handed`
   bool handed = false;
+  bool greatest = false;  // each row's is noted
 
  private:
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }

@@ -41,6 +41,10 @@ MIAOTUI_INLINE F16x fma(F16x x, F16x y, F16x z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 MIAOTUI_INLINE F16x max(F16x x, F16x y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+MIAOTUI_INLINE F16x where_greater(F16x a, F16x b, F16x x, F16x y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
+}
 MIAOTUI_INLINE F16x min(F16x x, F16x y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 MIAOTUI_INLINE F16x abs(F16x x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);

@@ -27,6 +27,10 @@ MIAOTUI_INLINE F16x reciprocal(F16x a) {
 }
 MIAOTUI_INLINE F16x fma(F16x a, F16x b, F16x c) { return _mm512_fmadd_ps(a, b, c); }
 MIAOTUI_INLINE F16x max(F16x a, F16x b) { return _mm512_max_ps(a, b); }
+// Lanes of x where a > b, else of y.
+MIAOTUI_INLINE F16x where_greater(F16x a, F16x b, F16x x, F16x y) {
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x);
+}
 MIAOTUI_INLINE F16x min(F16x a, F16x b) { return _mm512_min_ps(a, b); }
 MIAOTUI_INLINE F16x abs(F16x a) { return _mm512_abs_ps(a); }
 MIAOTUI_INLINE F16x round(F16x a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

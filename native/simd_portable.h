@@ -59,6 +59,10 @@ inline F16x max(F16x a, F16x b) {
   MIAOTUI_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
+inline F16x where_greater(F16x a, F16x b, F16x x, F16x y) {  // lanes of x where a > b, else of y
+  MIAOTUI_LANES y.v[i] = a.v[i] > b.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
 inline F16x min(F16x a, F16x b) {
   MIAOTUI_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return a;

@@ -112,3 +112,27 @@ def test_a_linear_whose_input_is_coded_by_token_may_feed_one_whose_is_not(isa: s
         ends, rows = np.array([0, 24], np.int32), np.array([24], np.int32)
         results.append(executor.run(Step(ids, ids, ends, rows, np.zeros((1, 2), np.int32), ids)).copy())
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("compute", ["auto", "fp32", "int8-batch"])
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("height", [8, 1000, 1024])
+def test_the_likeliest_are_noted_on_the_way(isa: str, compute: ComputeType, height: int) -> None:
+    """The first of equals, over threads, panels and lanes; another array's rows are not this run's."""
+    rng = np.random.default_rng(height)
+    codes, scale = rng.integers(0, 16, (height, 32), dtype=np.uint8), np.full((height, 1), 0.01, np.float32)
+    codes[height // 2 :] = codes[: height - height // 2]  # every result twice, in different panels or lanes
+    shape = StepShape(max_tokens=24, max_seqs=1, max_logits_rows=24, max_model_len=32)
+    backend = CpuBackend(shape, CacheSpec(), compute=compute, isa=isa, threads=3)
+    table = backend.ops.prepare_embedding(DenseTensor("float32", rng.standard_normal((24, 32)).astype(np.float32)))
+    head = backend.ops.prepare_linear([GroupedTensor(QuantScheme(4, 32, True, "float16"), codes, scale, None)])
+    executor = backend.record(lambda ops: ops.linear(ops.select_rows(ops.embed(table)), head))
+    executor.allocate_cache(2)
+    for count in (1, 3, 24):
+        ids = np.arange(count, dtype=np.int32)
+        ends, context = np.array([0, count], np.int32), np.array([count], np.int32)
+        logits = executor.run(Step(ids, ids, ends, context, np.zeros((1, 2), np.int32), ids[::-1].copy()))
+        wanted = logits.argmax(axis=1).tolist()
+        assert executor.likeliest(logits, range(count)) == wanted
+        assert executor.likeliest(logits, [count - 1]) == wanted[-1:]
+        assert executor.likeliest(logits.copy(), range(count)) is None

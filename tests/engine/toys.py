@@ -87,6 +87,9 @@ class ToyExecutor:
                     logits.append(history_logits(history[: position + 1].tolist(), self.vocab_size, self._sharpness))
         return np.array(logits, np.float32).reshape(len(logits), self.vocab_size)
 
+    def likeliest(self, logits: NDArray[np.float32], rows: Many[int]) -> list[int] | None:
+        return None
+
     def copy_blocks(self, pairs: Many[tuple[int, int]]) -> None:
         for source, target in pairs:
             self._cache[target] = self._cache[source]

@@ -232,6 +232,13 @@ class Executor(Protocol):
         """Run one step; logits `[rows, vocabulary]`, valid until the next run."""
         ...
 
+    def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
+        """Of these rows of `logits` the greatest's column, the first of equals, where that was noted on the way.
+
+        None where it was not, and where `logits` is not the very array that the last run returned.
+        """
+        ...
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole cache blocks (source, destination), all layers."""
         ...

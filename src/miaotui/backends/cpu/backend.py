@@ -125,6 +125,7 @@ class CpuExecutor:
         self._op_weights = op_weights
         self._program = program
         self._logits = program.view(logits, shape.max_logits_rows)
+        self._last: NDArray[np.float32] = self._logits[:0]
 
     def free_memory(self) -> int:
         return detect.available_memory()
@@ -136,8 +137,16 @@ class CpuExecutor:
         self._program.run(
             step.tokens, step.positions, step.query_start, step.context_len, step.block_table, step.logits_rows
         )
-        rows: NDArray[np.float32] = self._logits[: len(step.logits_rows)]
-        return rows
+        self._last = self._logits[: len(step.logits_rows)]
+        return self._last
+
+    def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
+        if logits is not self._last:
+            return None
+        tokens = np.empty(len(rows), np.int32)
+        self._program.likeliest(np.array(rows, np.int32), tokens)
+        found: list[int] = tokens.tolist()
+        return None if -1 in found else found
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for source, destination in pairs:
@@ -166,7 +175,7 @@ class CpuExecutor:
         return self._op_weights
 
     def close(self) -> None:
-        del self._logits, self._program, self.pool
+        del self._last, self._logits, self._program, self.pool
 
 
 def _ropes(nodes: list[Node]) -> list[Rope]:

@@ -81,6 +81,9 @@ class ReferenceExecutor:
             logits: NDArray[np.float32] = self._forward(self._ops).cpu().numpy()
         return logits
 
+    def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
+        return None
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         with torch.inference_mode():
             self._ops.cache.copy(pairs)
