@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers [--peers llama.cpp,openvino,vllm,transformers] [--quick]
     python -m benchmarks.peers --shape qwen2.5-7b --peers llama.cpp
+    python -m benchmarks.peers --compute int8-batch --kv-cache-dtype int8 --regimes throughput-64
 
 Writes peers.json, peers.md and peers.svg to --output, and the table to stdout. What is measured, and what each peer
 needs, stands in benchmarks/README.md.
@@ -19,9 +20,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.peer_kit import models, report
+from miaotui.backends.ops import CacheType, ComputeType
 from miaotui.checkpoint import open_checkpoint
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.cli.probes import native_probes
@@ -38,7 +40,7 @@ from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = 1
+SCHEMA = 2
 QUESTION = "The capital of France is"
 PROBE_SECONDS = 0.12
 QUICK = Plan(seconds=30, least=1, most=5)
@@ -73,6 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--regimes", metavar="A,B,…", help=f"of {', '.join(REGIMES)}  [default: what suits the peer]")
     parser.add_argument("--shape", choices=sorted(models.SHAPES), help="random weights of this shape, for GGUF readers")
     parser.add_argument("--threads", type=int, default=detect.usable_cores())
+    for name, choices in (("--compute", get_args(ComputeType)), ("--kv-cache-dtype", ("auto", *get_args(CacheType)))):
+        parser.add_argument(name, choices=choices, default="auto", help="of miaotui  [default: auto]")
     parser.add_argument("--seconds", type=float, help="time to measure one peer in, its start aside  [default: 150]")
     parser.add_argument("--quick", action="store_true", help="about a minute a peer: few pairs, for a first look")
     parser.add_argument("--install-only", action="store_true", help="make the peers' environments, measure nothing")
@@ -89,7 +93,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--threads: choose from 1 to {len(detect.affinity())}")
     plan = QUICK if options.quick else Plan()
     options.plan = plan if options.seconds is None else Plan(options.seconds, plan.least, plan.most)
-    options.output = options.output or ROOT / "benchmarks" / "results" / "local" / (options.shape or "")
+    chosen = {"compute": options.compute, "kv_cache_dtype": options.kv_cache_dtype}
+    options.ours = {name: value for name, value in chosen.items() if value != "auto"}
+    options.output = options.output or ROOT / "benchmarks" / "results" / "local" / (options.shape or "") / "-".join(
+        options.ours.values()
+    )
     return options
 
 
@@ -136,6 +144,7 @@ class Subject:
             "schema": SCHEMA,
             "machine": detect.detect().as_dict(),
             "threads": self.options.threads,
+            "options": self.options.ours,
             "cpus": self.cpus,
             "model": {"title": title, **models.describe(self.gguf)},
             "peers": [],
@@ -181,7 +190,8 @@ class Subject:
     def _worker(self, runner: str, python: Path, weights: Path, regimes: Sequence[Regime], name: str) -> Worker:
         streams = max(regime.streams for regime in regimes)
         length = max(regime.prompt + regime.new_tokens for regime in regimes)
-        config = Config(str(weights), self.options.threads, self.cpus, streams, -(-length // 256) * 256)
+        options = self.options.ours if runner == "ours" else {}
+        config = Config(str(weights), self.options.threads, self.cpus, streams, -(-length // 256) * 256, options)
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         who = "miaotui itself" if runner == "ours" else "it"
@@ -258,7 +268,7 @@ def merge(document: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Take over, into `document`, the peers that it has nothing on from a report that can stand beside it."""
 
     def setting(one: Mapping[str, Any]) -> tuple[Any, ...]:
-        return one["schema"], one["machine"]["fingerprint"], one["threads"], one["model"]
+        return one["schema"], one["machine"]["fingerprint"], one["threads"], one["options"], one["model"]
 
     if earlier.get("schema") != SCHEMA or setting(earlier) != setting(document):
         return

@@ -16,8 +16,9 @@ LEAST_FOR_INTERVAL = 3
 def markdown(report: Json) -> str:
     """One table of all peers, then what disturbed it and what was not measured."""
     machine, model = report["machine"], report["model"]
+    options = "".join(f", {OURS} with {name} {value}" for name, value in report["options"].items())
     lines = [
-        f"{model['title']}; {machine['cpu']}, {report['threads']} threads, {machine['isa_level']}. "
+        f"{model['title']}; {machine['cpu']}, {report['threads']} threads, {machine['isa_level']}{options}. "
         "Medians of alternating runs, tokens/s; in brackets the 95% interval of the ratio's median.",
         "",
         f"| peer | weights | regime | {OURS} | peer | ratio | {OURS} of ceiling | peer of ceiling | pairs |",

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miaotui.accelerate.attempt import Plan
+from miaotui.accelerate.goals import COSTS
 from miaotui.accelerate.journal import Journal
 from miaotui.accelerate.ledger import Ledger
 from miaotui.accelerate.sample import Pick, Sampler
 from miaotui.accelerate.search import Outcome, search
-from miaotui.accelerate.space import DEFAULT, Candidate, Serving, Space
+from miaotui.accelerate.space import DEFAULT, ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
 from miaotui.compress.recipe import Recipe
 from miaotui.errors import ResourceError
@@ -48,12 +49,14 @@ def noise(*key: Any) -> float:
 
 @dataclass
 class FakeWorkshop:
-    """`clock` moves as work is done. `calls` has every action in order."""
+    """`clock` moves as work is done. `calls` has every action in order. `slow`: how many times slower a candidate runs
+    at a moment, as machines that change their state make it."""
 
     windows: int = 64
     gain: Callable[[Candidate], float] = gain_of
     loss: Callable[[Candidate], float] = loss_of
     others: Callable[[int], float] = lambda call: 0.0
+    slow: Callable[[Candidate, int], float] = lambda candidate, call: 1.0
     broken: frozenset[str] = frozenset()
     now: float = 0.0
     calls: list[str] = field(default_factory=list)
@@ -76,12 +79,16 @@ class FakeWorkshop:
         kl = [TOKENS * self.loss(candidate) for w in windows if w < 8]
         return Scores((TOKENS,) * len(windows), tuple(nll), tuple(kl))
 
-    def duel(self, candidate: Candidate, rounds: int) -> Duel:
-        self._did(f"duel {candidate.key} {rounds}", float(rounds))
-        count = len(self.calls)
-        after = [1 / (self.gain(candidate) * (1 + 0.01 * noise(candidate.key, rounds, r))) for r in range(rounds)]
-        before = tuple(dict.fromkeys(("answer", "streams", "memory"), 1.0) for _ in after)
-        return Duel(before, tuple(dict.fromkeys(before[0], cost) for cost in after), self.others(count))
+    def duel(self, candidate: Candidate, rounds: int, rival: Candidate = ORIGINAL) -> Duel:
+        self._did(f"duel {candidate.key} {rounds} against {rival.key}", float(rounds))
+        call = len(self.calls)
+
+        def cost(one: Candidate, key: Any) -> float:
+            return self.slow(one, call) / (self.gain(one) * (1 + 0.01 * noise(one.key, rounds, key)))
+
+        before = tuple(dict.fromkeys(COSTS["balanced"], cost(rival, f"{r} before")) for r in range(rounds))
+        after = tuple(dict.fromkeys(COSTS["balanced"], cost(candidate, r)) for r in range(rounds))
+        return Duel(before, after, self.others(call))
 
     def confirm(self, candidate: Candidate) -> Confirmation:
         self._did(f"confirm {candidate.key}", 10.0)
@@ -124,4 +131,4 @@ def run_search(
     return search(plan, space or fake_space(), ledger, gain_of, pick or Sampler(plan.seed), tell)
 
 
-__all__ = ["DEFAULT", "FakeWorkshop", "fake_space", "gain_of", "loss_of", "run_search"]
+__all__ = ["DEFAULT", "FakeWorkshop", "fake_space", "gain_of", "loss_of", "noise", "run_search"]

@@ -23,7 +23,7 @@ from miaotui.accelerate.search import TRIES, Outcome, looks
 from miaotui.accelerate.space import ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Confirmation
 from miaotui.compress.recipe import Recipe
-from tests.accelerate.fakes import LOSSES, FakeWorkshop, fake_space, gain_of, loss_of, run_search
+from tests.accelerate.fakes import LOSSES, FakeWorkshop, fake_space, gain_of, loss_of, noise, run_search
 
 PLAN = Plan("latency", 0.01, 600.0)
 
@@ -354,3 +354,26 @@ def test_weights_that_need_exact_activations_are_not_recoded(tmp_path: Path) -> 
         outcome = run_search(FakeWorkshop(loss=loss), journal, space=Space(weights, servings))
     assert outcome.winner is not None
     assert {a.candidate.serving.compute for a in outcome.attempts} == {"auto", "fp32"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ways_to_serve_are_told_apart_on_a_machine_that_changes(tmp_path: Path, seed: int) -> None:
+    """From duel to duel the original's share of the machine moves by a third: beside one another they still differ."""
+    helps = {"compute": 1.1, "kv_cache_dtype": 1.06}
+
+    def gain(candidate: Candidate) -> float:
+        served = math.prod(helps.get(name, 0.7) for name in candidate.serving.options())
+        return (1.0 if candidate.recipe is None else 3.0) * served
+
+    def slow(candidate: Candidate, call: int) -> float:
+        return 1.0 if candidate.recipe is None else 1.0 + 0.2 * noise("state", seed, call)
+
+    servings = (Serving("int8-batch"), Serving(kv_cache_dtype="int8"), Serving("int8-batch", "int8"))
+    space = Space((Candidate(Recipe(scheme="w8-sym", method="rtn")),), servings)
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(FakeWorkshop(gain=gain, slow=slow), journal, space=space, pick=in_order)
+    assert outcome.winner is not None
+    assert outcome.winner.candidate.serving == Serving("int8-batch", "int8")
+    tuned = [a for a in outcome.attempts if a.rival is not None]
+    assert [a.lead.value for a in tuned if a.lead is not None] == pytest.approx([1.1, 1.06, 1 / 1.1], rel=0.02)
+    assert all(a.gain == a.lead.times(a.rival.gain) for a in tuned if a.lead and a.rival and a.rival.gain)

@@ -270,7 +270,7 @@ def test_options_that_mean_nothing(arguments: list[str], why: str, capsys: pytes
     assert why in capsys.readouterr().err
 
 
-def document(*names: str, fingerprint: str = "f") -> dict[str, Any]:
+def document(*names: str, fingerprint: str = "f", options: dict[str, str] | None = None) -> dict[str, Any]:
     """A report with one regime for each of these peers."""
 
     def entry(name: str) -> dict[str, Any]:
@@ -283,6 +283,7 @@ def document(*names: str, fingerprint: str = "f") -> dict[str, Any]:
         "schema": peers.SCHEMA,
         "machine": {"cpu": "A <fast> & small CPU", "isa_level": "avx512", "fingerprint": fingerprint},
         "threads": 2,
+        "options": options or {},
         "model": {"title": "A model", "name": "m"},
         "peers": [entry(name) for name in names],
         "not_measured": [],
@@ -326,9 +327,9 @@ def test_reports_of_one_machine_are_merged() -> None:
         ("openvino", "1.2"),
     ]
     assert [entry["name"] for entry in new["not_measured"]] == ["vllm"]
-    elsewhere = document("openvino", fingerprint="another")
-    peers.merge(elsewhere, old)
-    assert [entry["name"] for entry in elsewhere["peers"]] == ["openvino"]
+    for other in (document("openvino", fingerprint="another"), document("openvino", options={"compute": "fp32"})):
+        peers.merge(other, old)
+        assert [entry["name"] for entry in other["peers"]] == ["openvino"]
 
 
 def test_a_whole_comparison_on_fakes(
@@ -336,10 +337,13 @@ def test_a_whole_comparison_on_fakes(
 ) -> None:
     """Everything but the engines: `main` writes JSON with the promised fields, the table, the chart."""
 
+    loaded: dict[str, dict[str, Any]] = {}
+
     class FakeWorker(Fake):
         def __init__(self, module: str, python: Path, config: Config, log: Path, who: str) -> None:
             self.versions, self.settings, self.start_seconds = {"it": "1.2"}, {"threads": 1}, 0.1
             self.facts = {"weight_bytes": 90_000_000, "block_bytes": 368_640}
+            loaded[who] = config.options
             super().__init__(who, 0.001 if who != "it" else 0.003, [0.0], [])
             if module.endswith("vllm_cpu"):
                 raise PeerUnavailableError("it is only a test")
@@ -357,9 +361,11 @@ def test_a_whole_comparison_on_fakes(
     monkeypatch.setattr(peers.ceilings, "measure", lambda probes, threads, working_set: LIMITS)
     monkeypatch.setattr(peers, "_pin", lambda cpus: None)
     arguments = ["--peers", "llama.cpp,vllm", "--seconds", "0", "--output", str(tmp_path / "out"), "--threads", "1"]
-    assert peers.main([*arguments, "--regimes", "prefill-512,decode-1@16"]) == 0
+    assert peers.main([*arguments, "--regimes", "prefill-512,decode-1@16", "--compute", "int8-batch"]) == 0
     written = json.loads((tmp_path / "out" / "peers.json").read_text())
-    assert set(written) == {"schema", "machine", "threads", "cpus", "model", "peers", "not_measured"}
+    assert set(written) == {"schema", "machine", "threads", "options", "cpus", "model", "peers", "not_measured"}
+    assert loaded == {"miaotui itself": {"compute": "int8-batch"}, "it": {}}
+    assert "miaotui with compute int8-batch" in (tmp_path / "out" / "peers.md").read_text()
     (entry,) = written["peers"]
     assert {"name", "when", "commit", "versions", "weights", "settings", "same_start", "limits", "results"} <= set(
         entry

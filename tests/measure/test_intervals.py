@@ -96,3 +96,19 @@ def test_quantile(count: int, size: int) -> None:
         sample = np.concatenate([groups[i] for i in picks]) if picks is not None else random.choice(values, len(values))
         drawn.append(np.quantile(sample, 0.99))
     assert found.stderr == pytest.approx(np.std(drawn), rel=0.25)
+
+
+def test_a_product_is_as_uncertain_as_both() -> None:
+    """Against draws of both figures, whose logarithms are normal."""
+    spreads, values = (0.03, 0.04), (3.0, 1.2)
+    first, second = (
+        Estimate(v, v * s, v * math.exp(-1.96 * s), v * math.exp(1.96 * s))
+        for v, s in zip(values, spreads, strict=True)
+    )
+    random = np.random.default_rng(2)
+    drawn = math.prod(v * np.exp(s * random.standard_normal(100_000)) for v, s in zip(values, spreads, strict=True))
+    found = first.times(second)
+    assert found.value == pytest.approx(3.6)
+    assert found.stderr == pytest.approx(np.std(drawn), rel=0.02)
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=0.005)
+    assert first.times(Estimate(2.0, None, None, None)) == Estimate(6.0, None, None, None)

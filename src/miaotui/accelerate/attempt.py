@@ -25,12 +25,14 @@ class Plan:
 
 @dataclass(eq=False)
 class Attempt:
-    """`predicted`: its gain at the ceilings. `why`: a sentence, once something has become of it."""
+    """`predicted`: its gain at the ceilings. `rival`: what it is timed beside; None: the original. `why`: a sentence,
+    once something has become of it."""
 
     plan: Plan
     candidate: Candidate
     predicted: float
     stage: str = "screen"
+    rival: Attempt | None = None
     built: Built | None = None
     scores: Scores = field(default_factory=Scores)
     duel: Duel = field(default_factory=Duel)
@@ -69,11 +71,17 @@ class Attempt:
         return Floor(self.plan.floor, "undecided") if ratio is None else Floor.of(self.plan.floor, ratio)
 
     @property
-    def gain(self) -> Estimate | None:
-        """How many times as good as the original, over rounds that alternated."""
+    def lead(self) -> Estimate | None:
+        """How many times as good as its rival, over rounds that alternated."""
         if not len(self.duel):
             return None
         return gain_of_rounds(self.plan.goal, self.duel.before, self.duel.after)
+
+    @property
+    def gain(self) -> Estimate | None:
+        """How many times as good as the original: its lead, times its rival's gain where that is another."""
+        lead, before = self.lead, None if self.rival is None else self.rival.gain
+        return lead if lead is None or before is None else lead.times(before)
 
     @property
     def value(self) -> float:

@@ -1,4 +1,5 @@
-"""The original and a candidate, timed in turn: what both do, they do on the same prompts, one right after the other.
+"""A rival (the original, or another candidate) and a candidate, timed in turn: what both do, they do on the same
+prompts, one right after the other.
 
 Prompts are pieces of the text that is chosen by, and answers are sampled as `miaotui run` does by default: random
 tokens and greedy answers go round in circles, which would flatter whatever guesses tokens.
@@ -43,24 +44,22 @@ def flags_of(options: Mapping[str, Any]) -> list[str]:
 
 
 class Duellist:
-    """Owns the original while it is in memory, and the last candidate; `rest` frees both."""
+    """Owns the last two that it timed while they are in memory; `rest` frees both."""
 
-    def __init__(self, original: str, goal: Goal, load: Workload, text: Sequence[int], seed: int) -> None:
+    def __init__(self, goal: Goal, load: Workload, text: Sequence[int], seed: int) -> None:
         """`text`: token ids to cut prompts from."""
-        self._original = Side(original, Serving())
         self._goal, self._load, self._text, self._seed = goal, load, text, seed
         self._loaded: dict[Side, LLM] = {}
 
-    def fight(self, model: str, serving: Serving, rounds: int) -> Duel:
-        """So many rounds of both. Raises whatever loading the candidate does."""
-        candidate = Side(model, serving)
+    def fight(self, rival: Side, candidate: Side, rounds: int) -> Duel:
+        """So many rounds of both. Raises whatever loading them does."""
         if any(cost != "memory" for cost in COSTS[self._goal]):
-            self._make_ready(candidate)
+            self._make_ready(rival, candidate)
         watch = Watch()
         before, after = [], []
         for number in range(rounds):
             first = number % 2 == 0
-            pair = [self._measure(side, number) for side in self._pair(candidate, first)]
+            pair = [self._measure(side, number) for side in ((rival, candidate) if first else (candidate, rival))]
             before.append(pair[0 if first else 1])
             after.append(pair[1 if first else 0])
         return Duel(tuple(before), tuple(after), watch.read().others)
@@ -72,14 +71,11 @@ class Duellist:
         self._loaded.clear()
 
     # -- inside ------------------------------------------------------------------------------------------
-    def _pair(self, candidate: Side, first: bool) -> tuple[Side, Side]:
-        return (self._original, candidate) if first else (candidate, self._original)
-
-    def _make_ready(self, candidate: Side) -> None:
+    def _make_ready(self, *sides: Side) -> None:
         """Both loaded and warmed up, nothing else."""
-        for side in [side for side in self._loaded if side not in (self._original, candidate)]:
+        for side in [side for side in self._loaded if side not in sides]:
             self._loaded.pop(side).close()
-        for side in (self._original, candidate):
+        for side in sides:
             if side not in self._loaded:
                 longest = self._load.longest + 16
                 options = {**side.serving.options(), "enable_prefix_caching": False, "max_model_len": longest}

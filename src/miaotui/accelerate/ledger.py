@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from miaotui.accelerate.journal import Entry, Journal
-from miaotui.accelerate.space import Candidate
+from miaotui.accelerate.space import ORIGINAL, Candidate
 from miaotui.accelerate.trial import (
     Built,
     Confirmation,
@@ -49,10 +49,10 @@ class Ledger:
         action = f"score {candidate.answers_key} {windows.start}-{windows.stop}"
         return self._once(action, lambda: asdict(self._workshop.score(candidate, windows)), scores_of)
 
-    def duel(self, candidate: Candidate, rounds: int, turn: str) -> Duel:
-        """`turn` tells duels of one candidate apart."""
-        action = f"duel {candidate.key} {turn}"
-        return self._once(action, lambda: asdict(self._workshop.duel(candidate, rounds)), duel_of)
+    def duel(self, candidate: Candidate, rounds: int, turn: str, rival: Candidate = ORIGINAL) -> Duel:
+        """`turn` tells duels of the same two apart."""
+        action = f"duel {candidate.key} against {rival.key} {turn}"
+        return self._once(action, lambda: asdict(self._workshop.duel(candidate, rounds, rival)), duel_of)
 
     def confirm(self, candidate: Candidate) -> Confirmation:
         action = f"confirm {candidate.key}"

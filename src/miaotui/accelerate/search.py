@@ -4,7 +4,8 @@ screen    the safest, then candidates in the order of the ceiling model, or as a
           more than fit; the first windows of text reject the hopeless, more are read until the floor is decided, and
           those that keep it are timed
 halve     those that keep the floor are timed again and again, the slower half leaving each time
-tune      the best weights are served in other ways: cache, threads, speculation, bounds of a batch
+tune      the best weights are served in other ways: cache, threads, speculation, bounds of a batch; each is timed
+          beside the best so far
 confirm   the best is measured on text that nothing was chosen by, beside the original; if it fails, the next
 
 When that text refutes all that stood, what was left out because of them is looked at after all.
@@ -37,8 +38,9 @@ SCREEN, HALVE, TUNE, CONFIRM = 0.5, 0.6, 0.75, 0.9
 """Shares of the budget at which each stage takes up nothing new; what is left is for the last measurements."""
 FIRST_LOOK = 8
 """Windows that reject the hopeless; then twice as many, and so on."""
-ROUNDS, TRIES = 3, 3
-"""Of a first duel; and how often it is repeated while others disturb it."""
+ROUNDS, TUNING_ROUNDS, TRIES = 3, 5, 3
+"""Of a first duel; of one between two ways to serve, which are apart by less; and how often it is repeated while others
+disturb it."""
 LEAST_GAIN = 1.02
 """Less is not worth another artefact."""
 MOST_TUNED, MOST_CONFIRMED = 12, 3
@@ -212,21 +214,15 @@ class _Search:
             chosen = self.pick(near, self._tried(base), fits=min(self._fits(TUNE), MOST_TUNED - tuned))
             remaining.remove(chosen)
             tuned += 1
-            found = self._try(chosen, "tune")
-            if found.stands and self._better(found, incumbent):
-                self._guarded(found, partial(self._time_it, found, ROUNDS + 1))
-                if found.stands and self._better(found, incumbent):
-                    incumbent = found
-        for attempt in (a for a in self.attempts if a.stage == "tune" and a is not incumbent and not a.why):
-            against = "the default" if incumbent is None else incumbent.name
-            attempt.why = f"{attempt.value:.2f}× the original: not told to be better than {against}"
+            found = self._try(chosen, "tune", incumbent)
+            if found.stands and _leads(found):
+                self._guarded(found, partial(self._time_it, found, TUNING_ROUNDS))
+            if found.stands and _leads(found):
+                incumbent = found
+            elif found.stands and found.lead is not None:
+                other = "the original" if found.rival is None else found.rival.name
+                found.why = f"{times(found.lead)} {other}: not told to be better"
         return incumbent
-
-    def _better(self, one: Attempt, incumbent: Attempt | None) -> bool:
-        """Whether all of its interval is above what is to be beaten."""
-        gain = one.gain
-        least = LEAST_GAIN if incumbent is None else incumbent.value
-        return gain is not None and gain.low is not None and gain.low > least
 
     # -- confirm -----------------------------------------------------------------------------------------
     def _confirm(self, tuned: Attempt | None, best: Attempt | None) -> Attempt | None:
@@ -260,8 +256,8 @@ class _Search:
             attempt.why = f"{times(gain)} the original, and {loss_sentence(floor)}"
 
     # -- one candidate -----------------------------------------------------------------------------------
-    def _try(self, candidate: Candidate, stage: str) -> Attempt:
-        attempt = Attempt(self.plan, candidate, self.gains(candidate), stage)
+    def _try(self, candidate: Candidate, stage: str, rival: Attempt | None = None) -> Attempt:
+        attempt = Attempt(self.plan, candidate, self.gains(candidate), stage, rival)
         self.attempts.append(attempt)
         self.tell(f"{stage} {len(self.attempts)}: {attempt.name}")
         self._guarded(attempt, partial(self._examine, attempt))
@@ -279,13 +275,14 @@ class _Search:
         if not attempt.floor.holds:
             attempt.why = f"it {loss_sentence(attempt.floor)}"
             return
-        self._time_it(attempt, ROUNDS)
+        self._time_it(attempt, ROUNDS if attempt.rival is None else TUNING_ROUNDS)
 
     def _time_it(self, attempt: Attempt, rounds: int) -> None:
         """A duel, again while others disturb it; the least disturbed counts. One that stays is not waited for."""
         found: Duel | None = None
+        rival = ORIGINAL if attempt.rival is None else attempt.rival.candidate
         for again in range(1 if any(a.disturbed for a in self.attempts) else TRIES):
-            duel = self.ledger.duel(attempt.candidate, rounds, f"{len(attempt.duel)}.{again}")
+            duel = self.ledger.duel(attempt.candidate, rounds, f"{len(attempt.duel)}.{again}", rival)
             if found is None or duel.others < found.others:
                 found = duel
             if duel.others < BUSY:
@@ -342,6 +339,12 @@ def _ways(base: Candidate, servings: Iterable[Serving]) -> Iterator[Candidate]:
     for serving in servings:
         if base.serving.compute == DEFAULT.compute or serving.compute == DEFAULT.compute:
             yield base.served(**serving.options())
+
+
+def _leads(one: Attempt) -> bool:
+    """Whether all of its interval says that it is better than its rival; than the original, worth another artefact."""
+    lead, least = one.lead, LEAST_GAIN if one.rival is None else 1.0
+    return lead is not None and lead.low is not None and lead.low > least
 
 
 def _distance(one: Candidate, other: Candidate) -> int:

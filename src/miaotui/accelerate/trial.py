@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from miaotui.accelerate.goals import Figures
-from miaotui.accelerate.space import Candidate
+from miaotui.accelerate.space import ORIGINAL, Candidate
 from miaotui.measure import intervals
 from miaotui.measure.intervals import Estimate
 
@@ -54,7 +54,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Duel:
-    """Rounds of the original and a candidate, measured in turn. `others`: cores that others took meanwhile."""
+    """Rounds of a rival and a candidate, measured in turn. `others`: cores that others took meanwhile."""
 
     before: tuple[Figures, ...] = ()
     after: tuple[Figures, ...] = ()
@@ -96,8 +96,8 @@ class Workshop(Protocol):
         """Run these windows through the written artefact, beside the original."""
         ...
 
-    def duel(self, candidate: Candidate, rounds: int) -> Duel:
-        """Measure the original and the candidate in turn."""
+    def duel(self, candidate: Candidate, rounds: int, rival: Candidate = ORIGINAL) -> Duel:
+        """Measure the rival and the candidate in turn."""
         ...
 
     def confirm(self, candidate: Candidate) -> Confirmation:

@@ -1,7 +1,7 @@
 """The real workshop: builds with `compress`, scores and times through the engine that will serve what was built.
 
 Everything that it makes lies in one folder beside the output, from which a search that was killed goes on. At most
-two models are in memory at once: the original and a candidate.
+two models are in memory at once: a candidate, and the original or another candidate beside it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from miaotui.accelerate.attempt import Plan
-from miaotui.accelerate.duel import Duellist
+from miaotui.accelerate.duel import Duellist, Side
 from miaotui.accelerate.goals import Workload
 from miaotui.accelerate.judge import Judge
-from miaotui.accelerate.space import Candidate, Serving
+from miaotui.accelerate.space import ORIGINAL, Candidate, Serving
 from miaotui.accelerate.texts import Texts
 from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
 from miaotui.compress.progress import Progress
@@ -74,7 +74,7 @@ class RealWorkshop:
         self._judge = Judge(opened, windows, folder / "original")
         self.tokens = np.concatenate([window.tokens for window in windows])
         """Of the text that is chosen by."""
-        self._duellist = Duellist(subject.model, plan.goal, load, self.tokens.tolist(), plan.seed)
+        self._duellist = Duellist(plan.goal, load, self.tokens.tolist(), plan.seed)
         self.windows = len(windows)
         self._pace: float | None = None
         """Tokens a second of the original and a candidate together, once that is known."""
@@ -97,9 +97,9 @@ class RealWorkshop:
         self._pace = sum(found.tokens) / max(1e-9, time.perf_counter() - started)
         return found
 
-    def duel(self, candidate: Candidate, rounds: int) -> Duel:
+    def duel(self, candidate: Candidate, rounds: int, rival: Candidate = ORIGINAL) -> Duel:
         self._judge.rest()
-        return self._duellist.fight(self._model(candidate), candidate.serving, rounds)
+        return self._duellist.fight(self._side(rival), self._side(candidate), rounds)
 
     def confirm(self, candidate: Candidate) -> Confirmation:
         self.rest()
@@ -123,6 +123,9 @@ class RealWorkshop:
     def rest(self) -> None:
         self._judge.rest()
         self._duellist.rest()
+
+    def _side(self, candidate: Candidate) -> Side:
+        return Side(self._model(candidate), candidate.serving)
 
     def _model(self, candidate: Candidate) -> str:
         """The name or path to load; built again where a search was killed after it had been cleared away."""

@@ -34,6 +34,21 @@ class Estimate:
             return Estimate(value, None, None, None)
         return Estimate(value, value * self.stderr, math.exp(self.low), math.exp(self.high))
 
+    def times(self, other: Estimate) -> Estimate:
+        """The product of two positive figures that do not depend on one another: relative errors add in squares.
+
+        An end of the interval is as far from the product, in logarithms, as both ends together.
+        """
+        value = self.value * other.value
+        if self.stderr is None or self.low is None or self.high is None:
+            return Estimate(value, None, None, None)
+        if other.stderr is None or other.low is None or other.high is None:
+            return Estimate(value, None, None, None)
+        stderr = value * math.hypot(self.stderr / self.value, other.stderr / other.value)
+        down = math.hypot(math.log(self.value / self.low), math.log(other.value / other.low))
+        up = math.hypot(math.log(self.high / self.value), math.log(other.high / other.value))
+        return Estimate(value, stderr, value * math.exp(-down), value * math.exp(up))
+
     def report(self, name: str) -> dict[str, float | list[float] | None]:
         """For JSON: `name`, `name_stderr` and `name_interval`."""
         interval = None if self.low is None or self.high is None else [self.low, self.high]
