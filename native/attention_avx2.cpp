@@ -48,6 +48,10 @@ MIAOTUI_INLINE I16x dot_byte_pairs(I16x acc, const BytePairs& v, const float* p)
 MIAOTUI_INLINE void store_int16(void* p, I16x x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8));
 }
+MIAOTUI_INLINE void store_key_words(int32_t* p, I16x x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xD8), 0xD8));
+}
 // NaN stays NaN.
 inline void store_bf16(uint16_t* p, F16x x) {
   uint32_t bits[16];

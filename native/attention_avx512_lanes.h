@@ -22,6 +22,10 @@ MIAOTUI_INLINE I16x dot_byte_pairs(I16x acc, BytePairs v, const float* p) {
 MIAOTUI_INLINE void store_int16(void* p, I16x x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
+MIAOTUI_INLINE void store_key_words(int32_t* p, I16x x) {
+  const __m256i words = _mm512_cvtepi32_epi16(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xD8), 0xD8));
+}
 MIAOTUI_INLINE void store_bf16(uint16_t* p, F16x x) {
   const __m512i bits = _mm512_castps_si512(x),
                 lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -8,6 +8,7 @@
 //   scaled_from(r, n, x, t)  lanes of r · 2^n where x ≥ t (or x is NaN), 0 elsewhere; n integers ≥ −127
 //   BytePairs, load_byte_pairs(p), dot_byte_pairs(acc, v, p): 16 d × 2 positions in int8 against two int16 at p
 //   store_int16(p, x)     16 int16, of integers that fit
+//   store_key_words(p, x) 8 words of two int16 each: of every four integers 0 and 2, then 1 and 3
 //   store_bf16(p, x)      16 bfloat16, to nearest even
 //   store_every_other(p, odd, x)  p[2 i + odd] = x[i] for 16 words or bytes, touching no other
 //   KeyBytes, load_key_bytes(p), dot_key_bytes(acc, k, q02, q13): 16 positions × 4 int8 d against int16 q
@@ -179,13 +180,23 @@ inline void write_rows(const AttentionArgs& args, const Item& item, const State&
   }
 }
 
+// An item's queries come from the cores that projected them: asked for while the item before is done.
+inline void prefetch_queries(const AttentionArgs& args, const Item& item) {
+  const int group = args.heads / args.kv_heads, bytes = group * args.head_dim * static_cast<int>(sizeof(float));
+  const float* q = args.q + item.row * args.q_stride + static_cast<int64_t>(item.head) * group * args.head_dim;
+  for (int i = 0; i < bytes; i += 64) prefetch(reinterpret_cast<const uint8_t*>(q) + i);
+}
+
 template <typename T>
 void attend(const AttentionArgs& args, int thread, int threads) {
   const Plan plan(args, threads);
   const ScratchLayout layout(plan.group(), args.head_dim);
   Walk walk(plan, thread);
-  Segment segment;
-  while (walk.next(segment)) {
+  Segment segment, next;
+  for (bool more = walk.next(next); more;) {
+    segment = next;
+    more = walk.next(next);
+    if (more) prefetch_queries(args, next.item);
     const Item& item = segment.item;
     const int dp = (args.head_dim + 15) / 16 * 16;
     const Work work{args.scratch + layout.work_at(thread), layout, item.tokens * plan.group(), dp};

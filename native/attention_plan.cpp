@@ -98,8 +98,8 @@ bool Walk::next(Segment& segment) {
     const int64_t start = start_, cost = plan_.cost(item);
     if (item.tokens > 0) start_ += cost;
     advance();
-    if (item.tokens <= 0 || plan_.owner_of(start, 2 * cost) < thread_) continue;  // it ends before this thread's share
-    if (plan_.owner_of(start, 0) > thread_) return false;
+    if (item.tokens <= 0 || plan_.before(start, 2 * cost, thread_)) continue;  // it ends before this thread's share
+    if (!plan_.before(start, 0, thread_ + 1)) return false;
     if (take(segment, item, start)) return true;
   }
   return false;
@@ -120,7 +120,10 @@ bool Walk::take(Segment& segment, const Item& item, int64_t start) const {
   segment.start = start;
   segment.begin = item.first_chunk;
   segment.end = item.end_chunk;
-  if (!plan_.split_) return plan_.owner_of(start, plan_.cost(item)) == thread_;
+  if (!plan_.split_) {
+    const int64_t cost = plan_.cost(item);
+    return !plan_.before(start, cost, thread_) && plan_.before(start, cost, thread_ + 1);
+  }
   int64_t before = start;
   bool found = false;
   for (int32_t c = item.first_chunk; c < item.end_chunk; ++c) {

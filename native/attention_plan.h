@@ -54,6 +54,10 @@ class Plan {
   int64_t cost(const Item& item) const;
   int64_t cost(const Item& item, int32_t chunk) const;
   int owner_of(int64_t start, int64_t cost) const;
+  /// Whether the middle of `cost` behind `start` falls to a thread before this one: owner_of without dividing.
+  bool before(int64_t start, int64_t cost, int thread) const {
+    return (2 * start + cost) * threads_ < 2 * total_ * thread;
+  }
 
   const StepView& step_;
   int32_t kv_heads_;

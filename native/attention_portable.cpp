@@ -48,6 +48,11 @@ inline void store_int16(void* p, I16x x) {
   for (int i = 0; i < 16; ++i) words[i] = static_cast<int16_t>(x.v[i]);
   memcpy(p, words, 32);
 }
+inline void store_key_words(int32_t* p, I16x x) {
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j)
+      p[i / 2 + j] = static_cast<int32_t>((x.v[i + j] & 0xFFFF) | static_cast<uint32_t>(x.v[i + j + 2]) << 16);
+}
 // NaN stays NaN.
 inline void store_bf16(uint16_t* p, F16x x) {
   uint32_t bits[16];

@@ -242,13 +242,10 @@ struct Int8 {
   // Words of a step: d 0 and 2, then d 1 and 3. Returns what one unit of the packed query is worth.
   static float pack(Word* out, int rows, const float* q, int dim, int dp, float factor) {
     const float largest = most_abs(q, dim), unit = largest > 0.0f ? kQueryMost / largest : 0.0f;
-    for (int d = 0; d < dp; d += 16, out += 8 * rows) {
-      int32_t x[16];
-      quantise(x, row_lanes(q, d, dim), unit);
-      for (int i = 0; i < 16; i += 4) {
-        out[i / 2 * rows] = static_cast<int32_t>((x[i] & 0xFFFF) | static_cast<uint32_t>(x[i + 2]) << 16);
-        out[(i / 2 + 1) * rows] = static_cast<int32_t>((x[i + 1] & 0xFFFF) | static_cast<uint32_t>(x[i + 3]) << 16);
-      }
+    for (int d = 0; d < dp; d += 16) {
+      int32_t words[8];
+      store_key_words(words, to_int(round(mul(row_lanes(q, d, dim), splat(unit)))));
+      for (int i = 0; i < 8; ++i, out += rows) *out = words[i];
     }
     return largest / kQueryMost * factor;
   }
@@ -265,11 +262,5 @@ struct Int8 {
     }
     reinterpret_cast<float*>(keys + dp * kBlockSize)[slot] = k_most / 127.0f;
     reinterpret_cast<float*>(values + dp * kBlockSize)[slot] = v_most / 127.0f;
-  }
-
- private:
-  static MIAOTUI_INLINE void quantise(int32_t* out, F16x x, float unit) {
-    const I16x rounded = to_int(round(mul(x, splat(unit))));
-    memcpy(out, &rounded, 64);
   }
 };

@@ -216,8 +216,10 @@ void record_select(Program& program, const Place& in, const Place& out) {
   program.add(std::move(op));
 }
 
-void record_activate(Program& program, const Place& in, const std::string& act, bool gated, const Place& out) {
+void record_activate(Program& program, const Place& in, const std::string& act, bool gated, const Place& out,
+                     bool of_logits) {
   auto op = std::make_unique<ActivateOp>();
+  op->of_logits = of_logits;
   op->in = buffer_at(program, in);
   op->out = buffer_at(program, out);
   op->act = act_named(act);
@@ -271,8 +273,7 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
     if (weight->view.inputs != inputs) throw std::invalid_argument("parts whose inputs are coded differently");
   if ((hands_on || handed) && inputs != Inputs::By32)
     throw std::invalid_argument("what is handed on is quantised by groups, on both sides");
-  if ((hands_on || handed) && (!integer || perm || of_logits))
-    throw std::invalid_argument("only integer linears hand on");
+  if ((hands_on || handed) && (!integer || perm)) throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
     throw std::invalid_argument("what is handed on comes in whole groups of 32 columns of one part");
   program.add(std::move(op));
@@ -440,7 +441,7 @@ NB_MODULE(_native, module) {
       .def("norm", &record_norm, "x"_a, "weight"_a, "bias"_a.none(), "eps"_a, "layer"_a, "add"_a.none(), "out"_a,
            "of_logits"_a)
       .def("select_rows", &record_select, "x"_a, "out"_a)
-      .def("activate", &record_activate, "x"_a, "act"_a, "gated"_a, "out"_a)
+      .def("activate", &record_activate, "x"_a, "act"_a, "gated"_a, "out"_a, "of_logits"_a)
       .def("linear", &record_linear, "name"_a, "x"_a, "weights"_a, "columns"_a, "biases"_a, "norm_weight"_a.none(),
            "norm_bias"_a.none(), "norm_eps"_a, "norm_layer"_a, "add"_a.none(), "scale"_a, "softcap"_a, "act"_a,
            "gated"_a, "quantised"_a, "of_logits"_a, "perm"_a.none(), "hands_on"_a, "handed"_a, "wide"_a, "out"_a)

@@ -74,7 +74,7 @@ void SelectOp::run(const Context& c, int, int thread) const {
 
 void ActivateOp::run(const Context& c, int, int thread) const {
   int first, last;
-  share_of(c.step.tokens, thread, c.threads, first, last);
+  share_of(of_logits ? c.step.rows : c.step.tokens, thread, c.threads, first, last);
   for (int t = first; t < last; ++t) {
     const float* row = in.data + t * in.stride;
     c.kernels->activate(row, gated ? row + out.width : nullptr, static_cast<int>(out.width), act,
@@ -136,7 +136,8 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
 }
 
 size_t LinearOp::handed_bytes(const Limits& limits) const {
-  return hands_on ? PreparedRows::bytes(limits.max_tokens, static_cast<int>(out.width), false, true) : 0;
+  const int most = of_logits ? limits.max_rows : limits.max_tokens;
+  return hands_on ? PreparedRows::bytes(most, static_cast<int>(out.width), false, true) : 0;
 }
 
 // The same memory goes to the same thread at every step. Panels whose results are handed on go by whole groups of

@@ -64,6 +64,7 @@ struct ActivateOp : Op {
   Buffer in, out;
   Act act = Act::None;
   bool gated = false;  // in is [gate | up], each as wide as out
+  bool of_logits = false;
 };
 
 // out = epilogue(norm?(in) @ parts^T). With `gated`, parts are gate and up and out is act(gate) * up.

@@ -53,7 +53,13 @@ inline __attribute__((noinline)) void turn(float* x, const float* __restrict cos
   }
   float* __restrict low = x;
   float* __restrict high = x + half;
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  for (; i + 16 <= half; i += 16) {
+    const F16x a = load(low + i), b = load(high + i), c = load(cos + i), s = load(sin + i);
+    store(low + i, sub(mul(a, c), mul(b, s)));
+    store(high + i, add(mul(b, c), mul(a, s)));
+  }
+  for (; i < half; ++i) {
     const float a = low[i], b = high[i];
     low[i] = a * cos[i] - b * sin[i];
     high[i] = b * cos[i] + a * sin[i];

@@ -21,6 +21,7 @@ def make_spec(window: int | None = None, experts: ExpertsSpec | None = None, lay
 
 
 LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+KEYS_AND_VALUES = 2 * 32 * 16
 HEAD = 100 * 32
 LIMITS = Ceilings(threads=2, working_set=1, bandwidth=1e9, int8=1e10, fp32=1e9)
 
@@ -58,8 +59,9 @@ def test_a_prefill_step_and_a_window() -> None:
     cost = Cost.of(make_spec(window=4), weight_bytes=10_000, block_bytes=16 * 256, compute="auto")
     work = cost.step([6], new_tokens=6)
     assert work.bytes == 10_000
-    assert (work.linear_operations, work.head_operations) == (2 * 6 * 2 * LAYER, 2 * HEAD)
-    assert work.attention_operations == 2 * 4 * 4 * 8 * (1 + 2 + 3 + 4 + 4 + 4)
+    assert work.linear_operations == 2 * (6 * LAYER + LAYER + 5 * KEYS_AND_VALUES)
+    assert work.head_operations == 2 * HEAD
+    assert work.attention_operations == 4 * 4 * 8 * ((1 + 2 + 3 + 4 + 4 + 4) + 4)
     assert cost.step([100]).bytes == 10_000 + 256 * 4
 
 

@@ -253,7 +253,8 @@ class Engine:
             if ready and sequence.request.beam is not None:
                 sequence.request.beam.offer(sequence, logits[last])
             elif ready:
-                drawing |= dict.fromkeys(self._branches.fan_out(sequence), last)
+                for branch in self._branches.fan_out(sequence):
+                    drawing[branch] = last
         return drawing
 
     def _settle(self, plan: Schedule, accepted: dict[Sequence, int]) -> None:

@@ -41,13 +41,19 @@ class Cost:
         return cls(spec, weight_bytes, block_bytes / BLOCK_SIZE, codes and compute != "fp32")
 
     def step(self, contexts: Sequence[int], new_tokens: int = 1) -> Work:
-        """Every sequence gets `new_tokens` tokens and then has its length in `contexts`; one logits row each."""
-        tokens = new_tokens * len(contexts)
-        linear = 2.0 * tokens * sum(_layer_parameters(self.spec, layer) for layer in self.spec.layers)
-        head = 2.0 * len(contexts) * self.spec.vocab_size * self.spec.hidden_size
-        seen = sum(
-            self._positions_seen(layer, context, new_tokens) for layer in self.spec.layers for context in contexts
-        )
+        """Every sequence gets `new_tokens` tokens and then has its length in `contexts`; one logits row each.
+
+        Of the last layer the other tokens need their keys and values alone.
+        """
+        rows, tokens = len(contexts), new_tokens * len(contexts)
+        *before, last = self.spec.layers
+        most = _layer_parameters(self.spec, last)
+        least = 2 * self.spec.hidden_size * last.attention.kv_heads * last.attention.head_dim
+        products = tokens * sum(_layer_parameters(self.spec, layer) for layer in before)
+        linear = 2.0 * (products + rows * most + (tokens - rows) * least)
+        head = 2.0 * rows * self.spec.vocab_size * self.spec.hidden_size
+        seen = sum(self._positions_seen(layer, context, new_tokens) for layer in before for context in contexts)
+        seen += sum(self._positions_seen(last, context, 1) for context in contexts)
         cached = self.cache_bytes * sum(self._cache_read(context, new_tokens) for context in contexts)
         return Work(self.weight_bytes + cached, linear, seen, head)
 

@@ -63,7 +63,7 @@ class Emitter:
                 self._attention(node)
             case ActivateNode():
                 x, out = self._at(node.inputs[0]), self._at(node.output)
-                self.program.activate(x, node.activation, node.gated, out)
+                self.program.activate(x, node.activation, node.gated, out, node.output.of_logits)
             case SelectNode():
                 self.program.select_rows(self._at(node.inputs[0]), self._at(node.output))
             case ExpertsNode():

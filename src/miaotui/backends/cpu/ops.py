@@ -79,10 +79,10 @@ class CpuOps:
         return self._note(AttentionNode([q], Value(attention.heads * attention.head_dim), layer, attention))
 
     def gated(self, x: Value, activation: Activation) -> Value:
-        return self._note(ActivateNode([x], Value(x.width // 2), activation, gated=True))
+        return self._note(ActivateNode([x], Value(x.width // 2, x.of_logits), activation, gated=True))
 
     def activate(self, x: Value, activation: Activation) -> Value:
-        return self._note(ActivateNode([x], Value(x.width), activation, gated=False))
+        return self._note(ActivateNode([x], Value(x.width, x.of_logits), activation, gated=False))
 
     def experts(
         self,

@@ -58,7 +58,7 @@ def _takes_handed(linear: Node) -> TypeGuard[LinearNode]:
     if not isinstance(linear, LinearNode):
         return False
     parts = linear.weight.parts
-    plain = linear.norm is None and not linear.exact and not linear.output.of_logits
+    plain = linear.norm is None and not linear.exact
     return plain and all(p.perm is None and p.in_groups for p in parts)
 
 
