@@ -14,6 +14,7 @@ from miaotui.accelerate.journal import Journal
 from miaotui.accelerate.search import Outcome
 from miaotui.accelerate.space import Candidate, Space
 from miaotui.accelerate.trial import Confirmation, Duel
+from miaotui.compress.recipe import Recipe
 from tests.accelerate.fakes import FakeWorkshop, fake_space, gain_of, loss_of, run_search
 
 DROPPED = (("fp8 weights", "this machine has no kernels that multiply fp8"),)
@@ -82,3 +83,28 @@ def test_a_trial_says_what_became_of_it(tmp_path: Path) -> None:
     assert won.kl is not None
     failed = next(trial for trial in trials if trial.state == "failed")
     assert failed.why == "There is no room for it."
+
+
+@pytest.mark.parametrize("cost", [0.004, 0.05])
+def test_fewer_layers_are_tried_once_all_keep_the_floor(tmp_path: Path, cost: float) -> None:
+    """Each layer of three costs so much perplexity; the deepest cut within the floor wins, deeper ones are not built."""
+    recipe = Recipe(scheme="w8-sym", method="rtn")
+    weights = tuple(Candidate(recipe, blocks=blocks) for blocks in (None, 11, 10, 8))
+    left_out = lambda c: 12 - (c.blocks or 12)  # noqa: E731
+    workshop = FakeWorkshop(
+        loss=lambda c: cost * left_out(c) if c.recipe is not None else 0.0,
+        gain=lambda c: 1.0 if c.recipe is None else 2 * 12 / (c.blocks or 12),
+    )
+    space = Space(weights, ())
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(workshop, journal, space=space)
+    assert outcome.winner is not None
+    assert outcome.winner.candidate.blocks == (10 if cost < 0.01 else None)
+    found = {one.name: one for one in techniques(outcome, space)}
+    assert found["11 layers left"].kept is False
+    if cost < 0.01:
+        assert found["10 layers left"].kept
+        assert "over the floor" in found["8 layers left"].why
+    else:
+        assert "over the floor" in found["11 layers left"].why
+        assert "Not tried: w8-sym by rtn, 11 layers left already loses 5" in found["8 layers left"].why

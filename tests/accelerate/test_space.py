@@ -72,10 +72,15 @@ def test_layers_go_only_with_time_and_layers_to_spare() -> None:
     spec = make_spec()
     deep = source(spec=replace(spec, layers=spec.layers * 15))
     count = len(deep.spec.layers)
-    assert {c.blocks for c in space(deep).weights} == {None, count - 1, count - 2, count - 4}
+    for name in ("gguf", "compressed-tensors"):
+        found = [c for c in space(deep).weights if c.features()["format"] == name]
+        assert {c.blocks for c in found} == {None, count - 1, count - 2, count - 4}
     assert {c.blocks for c in space(deep, 120.0).weights} == {None}
     assert {c.blocks for c in space(source()).weights} == {None}
     assert "8m" in dict(space(deep, 120.0).dropped)["fewer layers"]
+    file = source(spec=deep.spec, format="gguf")
+    assert {c.blocks for c in space(file).weights} == {None}
+    assert "folders" in dict(space(file).dropped)["fewer layers"]
 
 
 # -- the original ----------------------------------------------------------------------------------------

@@ -66,13 +66,14 @@ def _servings(outcome: Outcome) -> Iterator[Technique]:
 
 
 def _unseen(outcome: Outcome) -> Iterator[Technique]:
-    """Schemes of which nothing was tried, with what was said of the one that was left out last."""
-    tried = {a.candidate.features()["scheme"] for a in outcome.attempts}
-    for candidate, why in reversed(outcome.skipped):
-        scheme = candidate.features()["scheme"]
-        if scheme not in tried:
-            tried.add(scheme)
-            yield Technique(words("scheme", scheme), False, _sentence(f"not tried: {why}"))
+    """Schemes and depths of which nothing was tried, with what was said of the one that was left out last."""
+    for dimension in ("scheme", "blocks"):
+        tried = {a.candidate.features()[dimension] for a in outcome.attempts}
+        for candidate, why in reversed(outcome.skipped):
+            choice = candidate.features()[dimension]
+            if choice not in tried:
+                tried.add(choice)
+                yield Technique(words(dimension, choice), False, _sentence(f"not tried: {why}"))
 
 
 # -- sentences -------------------------------------------------------------------------------------------

@@ -167,12 +167,7 @@ def make_space(
     if source.format != "gguf":
         recipes = [*_folders(source, calibration, dropped), *recipes]
     plain = [Candidate(recipe, Serving(compute=compute)) for recipe in recipes for compute in ("auto", "fp32")]
-    cut = [
-        Candidate(recipe, blocks=blocks)
-        for blocks in _cuts(source, budget, dropped)
-        for recipe in recipes
-        if recipe.format != "gguf"
-    ]
+    cut = [Candidate(recipe, blocks=blocks) for blocks in _cuts(source, budget, dropped) for recipe in recipes]
     servings = tuple(_servings(goal, cores, processors))
     return Space((*plain, *cut), servings, tuple(dropped), source.rounding)
 
@@ -206,6 +201,8 @@ def _cuts(source: Source, budget: float, dropped: list[tuple[str, str]]) -> Iter
     layers = len(source.spec.layers)
     if source.stored not in DENSE:
         dropped.append(("fewer layers", f"its weights are {source.stored}, and only plain numbers can be cut"))
+    elif source.format == "gguf":
+        dropped.append(("fewer layers", "only models in folders can be cut"))
     elif layers < LEAST_LAYERS:
         dropped.append(("fewer layers", f"it has {layers}, of which none can be spared"))
     elif budget < LEAST_BUDGET_TO_CUT:
