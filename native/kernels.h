@@ -14,7 +14,8 @@ constexpr int kStreamingRows = 4;  // so few rows make a linear wait for memory
 enum class Code : uint8_t { F32, F16, BF16, INT4, INT8 };
 enum class ScaleType : uint8_t { F16, BF16, F32 };
 enum class Act : uint8_t { None, Silu, Gelu, GeluTanh, Relu2 };
-enum class Inputs : uint8_t { By32, By64, ByToken };  // the neighbouring inputs that share a scale once quantised
+// The neighbouring inputs that share a scale once quantised; those by 64 are turned before (pack_wide).
+enum class Inputs : uint8_t { By32, By64, ByToken };
 
 // A weight [n, k] in panels of 16 output rows. Per panel, along k:
 //   F32, F16   [k_pad][16]

@@ -449,11 +449,27 @@ inline void dequantise_panel(const Weight& w, int panel, float* out) {
   }
 }
 
-// Sixteen rows in int8, each with its own scale: max|w| / 127, and round-half-even(w * (127 / max|w|)) + 128.
+// Sixteen rows, every run of 32 columns turned by a Walsh-Hadamard matrix, of which the inputs' turn takes the inverse
+// back. [k_pad][16] floats in place; the factor is 1/32, exact, since theirs is 1.
+inline void turn_columns(float* columns, int k_pad) {
+  for (int begin = 0; begin < k_pad; begin += 32)
+    for (int apart = 16; apart; apart /= 2)
+      for (int i = 0; i < 32; ++i) {
+        if (i & apart) continue;
+        float *first = columns + (begin + i) * 16, *second = first + apart * 16;
+        const F16x x = load(first), y = load(second), factor = splat(apart == 1 ? 1.0f / 32 : 1.0f);
+        store(first, mul(add(x, y), factor));
+        store(second, mul(sub(x, y), factor));
+      }
+}
+
+// Sixteen rows, turned, in int8, each with its own scale: max|w| / 127, and round-half-even(w * (127 / max|w|)) + 128.
 inline void widen(const Weight& w, int panel, float* scratch, uint8_t* codes, float* scales) {
   dequantise_panel(w, panel, scratch);
+  for (int k = w.k; k < w.k_pad; ++k) store(scratch + k * 16, zero());
+  turn_columns(scratch, w.k_pad);
   F16x most = zero();
-  for (int k = 0; k < w.k; ++k) most = max(most, abs(load(scratch + k * 16)));
+  for (int k = 0; k < w.k_pad; ++k) most = max(most, abs(load(scratch + k * 16)));
   store(scales, mul(most, splat(1.0f / 127.0f)));
   float greatest[16], inverse[16];
   store(greatest, most);
@@ -602,7 +618,7 @@ MIAOTUI_INLINE void put_wide_group(const QuantRows& tile, int group, int m, int 
   tile.minus32[at] = -128 * static_cast<int32_t>(sum);
 }
 
-// One group of `left` values, at most 64.
+// One group of `left` values, at most 64, its runs of 32 turned first as the weights were.
 MIAOTUI_INLINE void quantise_wide_group(const float* values, int left, const QuantRows& tile, int group, int m,
                                         int row) {
   F16x x[4], most = zero(), sum = zero();
@@ -610,8 +626,10 @@ MIAOTUI_INLINE void quantise_wide_group(const float* values, int left, const Qua
   for (int i = 0; i < 4; ++i) {
     const int n = left - i * 16;
     x[i] = n >= 16 ? load(values + i * 16) : n > 0 ? load_n(values + i * 16, n) : zero();
-    most = max(most, abs(x[i]));
   }
+  turn_pair(x[0], x[1]), turn_pair(x[2], x[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) most = max(most, abs(x[i]));
   const float greatest = reduce_max(most);
   round_group(greatest, x[0], x[1]), round_group(greatest, x[2], x[3]);
 #pragma GCC unroll 4
@@ -619,7 +637,8 @@ MIAOTUI_INLINE void quantise_wide_group(const float* values, int left, const Qua
   put_wide_group(tile, group, m, row, greatest, x, reduce_add(sum));
 }
 
-// Four whole groups, `apart` values from one to the next, share their reductions. put(i, most, x, sum) for each.
+// Four whole groups, `apart` values from one to the next, turned too, share their reductions. put(i, most, x, sum) for
+// each.
 template <typename F>
 MIAOTUI_INLINE void quantise_wide_four(const float* values, int apart, F&& put) {
   F16x x[4][4], greatest[4], sum[4];
@@ -628,6 +647,7 @@ MIAOTUI_INLINE void quantise_wide_four(const float* values, int apart, F&& put) 
   for (int g = 0; g < 4; ++g) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) x[g][i] = load(values + g * apart + i * 16);
+    turn_pair(x[g][0], x[g][1]), turn_pair(x[g][2], x[g][3]);
     greatest[g] = max(max(abs(x[g][0]), abs(x[g][1])), max(abs(x[g][2]), abs(x[g][3])));
   }
   reduce_max_four(greatest[0], greatest[1], greatest[2], greatest[3], most);

@@ -193,11 +193,6 @@ PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const Pac
   const Weight& from = weight.view;
   PackedWeight packed;
   Weight& w = packed.view;
-  if (from.code == Code::INT8 && from.whole_rows()) {
-    packed = weight;
-    w.inputs = Inputs::By64;
-    return packed;
-  }
   w.code = Code::INT8;
   w.scale_type = ScaleType::F32;
   w.inputs = Inputs::By64;

@@ -31,7 +31,8 @@ PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::s
                        size_t row_bytes);
 
 // Integer weights as INT8 with one scale a row, for inputs quantised by 64: scale = max|w| / 127, code =
-// round-half-even(w * (127 / max|w|)). Weights that are so already keep their codes, and their memory.
+// round-half-even(w * (127 / max|w|)), where w are the weights with every run of 32 columns turned by a Walsh-Hadamard
+// matrix, as their inputs will be: that spreads what stands out, as in QuaRot (Ashkboos et al. 2024, section 4).
 PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const PackedWeight& from);
 
 // Codes [n, k] one to a byte, scale (and minimum, or null) [n, groups] float32. `group` divides by 16.

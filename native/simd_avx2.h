@@ -74,6 +74,21 @@ MIAOTUI_INLINE void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) 
 MIAOTUI_INLINE void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
   out[0] = reduce_max(a), out[1] = reduce_max(b), out[2] = reduce_max(c), out[3] = reduce_max(d);
 }
+MIAOTUI_INLINE __m256 turn_eight(__m256 x) {
+  const __m256 four = _mm256_setr_ps(0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f);
+  const __m256 two = _mm256_setr_ps(0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f);
+  const __m256 one = _mm256_setr_ps(0, -0.0f, 0, -0.0f, 0, -0.0f, 0, -0.0f);
+  x = _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, four));
+  x = _mm256_add_ps(_mm256_permute_ps(x, 0x4E), _mm256_xor_ps(x, two));
+  return _mm256_add_ps(_mm256_permute_ps(x, 0xB1), _mm256_xor_ps(x, one));
+}
+MIAOTUI_INLINE F16x turn_lanes(F16x x) {
+  return {turn_eight(_mm256_add_ps(x.a, x.b)), turn_eight(_mm256_sub_ps(x.a, x.b))};
+}
+MIAOTUI_INLINE void turn_pair(F16x& a, F16x& b) {
+  const F16x sum = add(a, b), difference = sub(a, b);
+  a = turn_lanes(sum), b = turn_lanes(difference);
+}
 MIAOTUI_INLINE F16x pow2(I16x n) {
   const __m256i bias = _mm256_set1_epi32(127);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.a, bias), 23)),

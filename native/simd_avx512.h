@@ -60,6 +60,23 @@ MIAOTUI_INLINE void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) 
 MIAOTUI_INLINE void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
   reduce_four(a, b, c, d, out, [](F16x x, F16x y) __attribute__((always_inline)) { return _mm512_max_ps(x, y); });
 }
+// The 32 values of both become their Walsh-Hadamard transform, without its factor: sums and differences of those 16, 8,
+// 4, 2 and 1 apart.
+MIAOTUI_INLINE F16x turn_lanes(F16x x) {
+  auto step = [](F16x x, F16x partner, __mmask16 second) __attribute__((always_inline)) {
+    return _mm512_add_ps(
+        partner, _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(x), second, _mm512_castps_si512(x),
+                                                           _mm512_set1_epi32(static_cast<int>(0x80000000u)))));
+  };
+  x = step(x, _mm512_shuffle_f32x4(x, x, 0x4E), 0xFF00);
+  x = step(x, _mm512_shuffle_f32x4(x, x, 0xB1), 0xF0F0);
+  x = step(x, _mm512_permute_ps(x, 0x4E), 0xCCCC);
+  return step(x, _mm512_permute_ps(x, 0xB1), 0xAAAA);
+}
+MIAOTUI_INLINE void turn_pair(F16x& a, F16x& b) {
+  const F16x sum = add(a, b), difference = sub(a, b);
+  a = turn_lanes(sum), b = turn_lanes(difference);
+}
 MIAOTUI_INLINE F16x pow2(I16x n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
 }

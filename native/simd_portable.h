@@ -102,6 +102,18 @@ inline void reduce_add_four(F16x a, F16x b, F16x c, F16x d, float* out) {
 inline void reduce_max_four(F16x a, F16x b, F16x c, F16x d, float* out) {
   out[0] = reduce_max(a), out[1] = reduce_max(b), out[2] = reduce_max(c), out[3] = reduce_max(d);
 }
+// The 32 values of both become their Walsh-Hadamard transform, without its factor.
+inline void turn_pair(F16x& a, F16x& b) {
+  float v[32];
+  MIAOTUI_LANES v[i] = a.v[i], v[16 + i] = b.v[i];
+  for (int apart = 16; apart; apart /= 2)
+    for (int i = 0; i < 32; ++i)
+      if (!(i & apart)) {
+        const float x = v[i], y = v[i + apart];
+        v[i] = x + y, v[i + apart] = x - y;
+      }
+  MIAOTUI_LANES a.v[i] = v[i], b.v[i] = v[16 + i];
+}
 inline F16x pow2(I16x n) {  // 2^n for n in [-126, 127]
   F16x r;
   MIAOTUI_LANES {

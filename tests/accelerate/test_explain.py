@@ -87,7 +87,7 @@ def test_a_trial_says_what_became_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cost", [0.004, 0.05])
 def test_fewer_layers_are_tried_once_all_keep_the_floor(tmp_path: Path, cost: float) -> None:
-    """Each layer of three costs so much perplexity; the deepest cut within the floor wins, deeper ones are not built."""
+    """Each layer left out costs so much perplexity; the deepest cut within the floor wins."""
     recipe = Recipe(scheme="w8-sym", method="rtn")
     weights = tuple(Candidate(recipe, blocks=blocks) for blocks in (None, 11, 10, 8))
     left_out = lambda c: 12 - (c.blocks or 12)  # noqa: E731

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from miaotui.backends.cpu import _native
 from miaotui.backends.cpu.weights import Matrix, matrix
-from miaotui.backends.reference.weights import recoded
+from miaotui.backends.reference.weights import recoded, turned
 from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
@@ -136,7 +136,7 @@ def test_recoded_weights_meet_many_rows(isa: str, kind: str) -> None:
         weight = packed(tensor)
         wide = recoded(tensor, torch.from_numpy(tensor.dense32()))
         assert wide is not None
-        seen, w = quantised(x, False, 64), wide.double().numpy()
+        seen, w = quantised(turned(torch.from_numpy(x)).numpy(), False, 64), wide.double().numpy()
         got = LinearProgram(isa, x, weight, wide=widened(isa, weight)).run()
         assert np.all(np.abs(got - seen @ w.T) <= 1e-5 * (np.abs(seen) @ np.abs(w).T) + 1e-6), (n, k, rows)
         few = LinearProgram(isa, x[:15], weight, wide=widened(isa, weight)).run()
@@ -154,9 +154,22 @@ def test_recoded_weights_give_a_row_the_same_bits_in_any_large_batch(isa: str) -
         assert np.array_equal(part, whole[begin:end]), (begin, end)
 
 
-def test_recoding_keeps_codes_that_have_one_scale_a_row() -> None:
-    weight = packed(stored("w8channel", 40, 96, np.random.default_rng(7)))
-    assert np.array_equal(widened(ISAS[0], weight)[0].dequantise(), weight.packed.dequantise())
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["w8channel", "w4g32", "w4g64-min"])
+def test_recoding_gives_the_twins_codes(isa: str, kind: str) -> None:
+    tensor = stored(kind, 40, 96, np.random.default_rng(7))
+    wide = recoded(tensor, torch.from_numpy(tensor.dense32()))
+    assert wide is not None
+    assert np.allclose(widened(isa, packed(tensor))[0].dequantise(), wide.numpy(), rtol=1e-6, atol=0)
+
+
+def test_turning_twice_gives_the_values_back() -> None:
+    x = torch.from_numpy(np.random.default_rng(8).standard_normal((3, 70)).astype(np.float32))
+    once = turned(x)
+    assert once.shape == (3, 96)
+    matrix = torch.tensor([[(-1.0) ** (i & j).bit_count() for i in range(32)] for j in range(32)])
+    assert torch.allclose(once[:, :32], x[:, :32] @ matrix.T, atol=1e-5)
+    assert torch.allclose(turned(once)[:, :70] / 32, x, atol=1e-5)
 
 
 def test_what_cannot_be_recoded_is_refused() -> None:

@@ -12,7 +12,10 @@ ACTIVATION_GROUP = 32
 """Neighbouring inputs that share a scale when activations are quantised."""
 
 WIDE_GROUP = 64
-"""The same where recoded weights are multiplied: `Wide`."""
+"""The same where recoded weights are multiplied: `Matrix.wide`."""
+
+TURN = 32
+"""Neighbouring inputs that are turned together there, and their weights with them."""
 
 WIDE_FROM = 16
 """Rows from which on they are."""
@@ -24,7 +27,7 @@ class Matrix:
 
     `integer` says that its stored form is integer codes, so that its input is quantised too on the fast path, by token
     if the checkpoint says so; `perm` is the order in which those codes meet the input (None: as it comes). `wide` is
-    the weight as `--compute int8-batch` recodes it for many rows.
+    the weight as `--compute int8-batch` recodes it for many rows, for inputs in that order and turned.
     """
 
     weight: torch.Tensor
@@ -40,7 +43,8 @@ class Matrix:
     def apply(self, x: torch.Tensor, *, quantise: bool, wide: bool = False) -> torch.Tensor:
         """`x @ weight.T` in float32 for x `[rows, in]`, with x quantised first where the fast path would do so."""
         if quantise and wide and self.wide is not None and len(x) >= WIDE_FROM:
-            return quantise_activations(x, self.perm, WIDE_GROUP) @ self.wide.T
+            ordered = x if self.perm is None else x[:, self.perm]
+            return quantise_activations(turned(ordered), group=WIDE_GROUP) @ self.wide.T
         if quantise and self.integer:
             x = quantise_tokens(x) if self.by_token else quantise_activations(x, self.perm)
         return (x.to(self.weight.dtype) @ self.weight.T).float()
@@ -88,18 +92,31 @@ def quantise_activations(
     return (codes * scale).view(padded.shape)[:, :width]
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """x `[rows, in]`, filled up with zeros to whole runs of 32, each run by its Walsh-Hadamard transform (unscaled).
+
+    Sums and differences of elements 16, 8, 4, 2 and 1 apart, in this order. Twice is 32 times x.
+    """
+    y = torch.nn.functional.pad(x, (0, -x.shape[1] % TURN))
+    apart = TURN // 2
+    while apart:
+        pairs = y.view(len(y), -1, 2, apart)
+        y = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2).view(y.shape)
+        apart //= 2
+    return y
+
+
 def recoded(tensor: Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """Integer weights as int8 with one scale a row, and back: s·q with s = absmax / 127, q to the nearest even. As they
-    are where they have such scales; None where they are no integers, or their inputs are coded by token."""
+    """Integer weights in stored order, turned and divided by 32, as int8 with one scale a row, and back: s·q with
+    s = absmax / 127, q to the nearest even. None where they are no integers, or their inputs are coded by token."""
     if isinstance(tensor, DenseTensor) or (isinstance(tensor, GroupedTensor) and tensor.by_token):
         return None
-    if isinstance(tensor, GroupedTensor) and tensor.minimum is None:
-        scheme = tensor.scheme
-        if scheme.bits > 4 and scheme.groups(tensor.shape[1]) == 1:
-            return weight
-    most = weight.abs().amax(dim=1, keepdim=True)
+    perm = tensor.perm if isinstance(tensor, GroupedTensor) else None
+    stored = weight.float() if perm is None else weight[:, torch.from_numpy(perm).to(weight.device)].float()
+    stored = turned(stored) / TURN
+    most = stored.abs().amax(dim=1, keepdim=True)
     units = torch.where(most == 0, 0.0, torch.tensor(127.0) / most)  # not 127 / most, which PyTorch rounds twice
-    return torch.round(weight * units) * (most / 127)
+    return torch.round(stored * units) * (most / 127)
 
 
 def matrix(tensor: Tensor, device: torch.device, half: bool, wide: bool = False) -> Matrix:
