@@ -25,9 +25,9 @@ class CpuBackend:
     compute "auto" multiplies integer weights with activations quantised to int8, per 32 elements or, where
     the checkpoint says so (w8a8), by token. "int8-batch" does so in steps of few rows; linears of 16 rows and
     more multiply a second copy of the weights, recoded to int8 with one scale a row, with activations quantised
-    per 64 elements. "fp32" computes everything in float32, exactly as stored. `isa` names an instruction set of
-    `_native.isas()` (default: the best). `beside` lends its threads: the two executors must never run at the
-    same time.
+    per 64 elements, both turned first (native/pack.h). "fp32" computes everything in float32, exactly as stored.
+    `isa` names an instruction set of `_native.isas()` (default: the best). `beside` lends its threads: the two
+    executors must never run at the same time.
     """
 
     def __init__(
