@@ -153,7 +153,7 @@ def _search(outcome: Outcome, load: Workload) -> Search:
 
 
 def trial_of(attempt: Attempt, regime: str) -> Trial:
-    """An attempt as a card has it. Speeds are how many times the original's, over rounds that alternated with it."""
+    """An attempt as a card has it. Speeds are how many times the original's, as `Attempt.gain` has them."""
     return Trial(
         attempt.name,
         _state(attempt),
