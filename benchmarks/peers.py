@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = {"compute": options.compute, "kv_cache_dtype": options.kv_cache_dtype}
     options.ours = {name: value for name, value in chosen.items() if value != "auto"}
     options.output = options.output or ROOT / "benchmarks" / "results" / "local" / (options.shape or "") / "-".join(
-        options.ours.values()
+        f"{name}-{value}" for name, value in options.ours.items()
     )
     return options
 

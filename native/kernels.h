@@ -44,9 +44,8 @@ struct Weight {
 
   bool integer() const { return code == Code::INT4 || code == Code::INT8; }
   int zero() const { return has_min ? 0 : code == Code::INT4 ? 8 : 128; }
-  bool whole_rows() const { return groups == 1 && fold == 32 && !has_min; }
   // Integer sums that need no folding by 32: a step takes two panels at once.
-  bool wide() const { return code == Code::INT8 && whole_rows() && inputs != Inputs::By32; }
+  bool wide() const { return code == Code::INT8 && groups == 1 && fold == 32 && !has_min && inputs != Inputs::By32; }
 };
 
 // Rows of activations quantised to int8 in groups of 32: x = scale * q, q in [-127, 127]. By token, all groups of a row

@@ -449,28 +449,28 @@ inline void dequantise_panel(const Weight& w, int panel, float* out) {
   }
 }
 
-// Sixteen rows, every run of 32 columns turned by a Walsh-Hadamard matrix, of which the inputs' turn takes the inverse
-// back. [k_pad][16] floats in place; the factor is 1/32, exact, since theirs is 1.
+// Sixteen rows, [k_pad][16] floats: every run of 32 columns becomes its Walsh-Hadamard transform, without its factor.
 inline void turn_columns(float* columns, int k_pad) {
   for (int begin = 0; begin < k_pad; begin += 32)
     for (int apart = 16; apart; apart /= 2)
       for (int i = 0; i < 32; ++i) {
         if (i & apart) continue;
         float *first = columns + (begin + i) * 16, *second = first + apart * 16;
-        const F16x x = load(first), y = load(second), factor = splat(apart == 1 ? 1.0f / 32 : 1.0f);
-        store(first, mul(add(x, y), factor));
-        store(second, mul(sub(x, y), factor));
+        const F16x x = load(first), y = load(second);
+        store(first, add(x, y));
+        store(second, sub(x, y));
       }
 }
 
 // Sixteen rows, turned, in int8, each with its own scale: max|w| / 127, and round-half-even(w * (127 / max|w|)) + 128.
+// The scales have the factor of both turns, theirs and the inputs': 1/32, exact.
 inline void widen(const Weight& w, int panel, float* scratch, uint8_t* codes, float* scales) {
   dequantise_panel(w, panel, scratch);
   for (int k = w.k; k < w.k_pad; ++k) store(scratch + k * 16, zero());
   turn_columns(scratch, w.k_pad);
   F16x most = zero();
   for (int k = 0; k < w.k_pad; ++k) most = max(most, abs(load(scratch + k * 16)));
-  store(scales, mul(most, splat(1.0f / 127.0f)));
+  store(scales, mul(most, splat(1.0f / 127.0f / 32.0f)));
   float greatest[16], inverse[16];
   store(greatest, most);
   for (int i = 0; i < 16; ++i) inverse[i] = greatest[i] > 0.0f ? 127.0f / greatest[i] : 0.0f;
@@ -502,7 +502,7 @@ MIAOTUI_INLINE void note_greatest(const Greatest& greatest, int row, int panel, 
   float *value = greatest.value + row * 16, *at = greatest.panel + row * 16;
   const F16x most = load(value);
   store(at, where_greater(y, most, splat(static_cast<float>(panel)), load(at)));
-  store(value, where_greater(y, most, y, most));
+  store(value, max(y, most));
 }
 
 // A panel's results on their way out: rows of `to`, `stride` floats apart. `row0` is the first one's place in the step.

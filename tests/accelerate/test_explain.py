@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from miaotui.accelerate.attempt import Plan
 from miaotui.accelerate.card import Technique
 from miaotui.accelerate.compose import trial_of
 from miaotui.accelerate.explain import techniques, verdict
@@ -108,3 +109,11 @@ def test_fewer_layers_are_tried_once_all_keep_the_floor(tmp_path: Path, cost: fl
     else:
         assert "over the floor" in found["11 layers left"].why
         assert "Not tried: w8-sym by rtn, 11 layers left already loses 5" in found["8 layers left"].why
+
+
+def test_what_nothing_was_tried_of_has_a_name(tmp_path: Path) -> None:
+    """Where the ceilings promise nothing of any weights, whole models are left out as well: that is no technique."""
+    recipe = Recipe(scheme="w8-sym", method="rtn")
+    space = Space(tuple(Candidate(recipe, blocks=blocks) for blocks in (None, 11)), ())
+    outcome = Outcome(Plan("latency", 0.01, 60.0), None, (), tuple((c, "of a reason") for c in space.weights), 0.0)
+    assert [one.name for one in techniques(outcome, space)] == ["int8 weights in whole rows", "11 layers left"]

@@ -20,8 +20,10 @@ from miaotui.model.families import read_spec
 from miaotui.model.weights import prepare_weights
 
 
-def logits(path: Path, isa: str, compute: ComputeType, *, fuse: bool) -> tuple[NDArray[np.float32], set[str]]:
-    """Logits of a prompt of 17 tokens and of one token after it; the names of the program's ops."""
+def logits(
+    path: Path, isa: str, compute: ComputeType, *, fuse: bool, wanted: int = 16
+) -> tuple[NDArray[np.float32], set[str]]:
+    """Logits of the last `wanted` of a prompt's 17 tokens, and of one after it; the names of the program's ops."""
     checkpoint = open_checkpoint(path)
     spec, names = read_spec(checkpoint, None)
     shape, cache = StepShape(32, 1, 16, 64), CacheSpec(tuple(layer.attention for layer in spec.layers), "bf16")
@@ -38,7 +40,8 @@ def logits(path: Path, isa: str, compute: ComputeType, *, fuse: bool) -> tuple[N
     if isinstance(executor, CpuExecutor):
         executor.start_profile()
     for first, count in ((0, 17), (17, 1)):
-        ids, rows = np.arange(count, dtype=np.int32), np.array([count - 1], np.int32)
+        ids = np.arange(count, dtype=np.int32)
+        rows = ids[-wanted:]
         ends = np.array([0, count], np.int32)
         step = Step(ids + 500, ids + first, ends, np.array([first + count], np.int32), table, rows)
         outputs.append(executor.run(step).copy())
@@ -55,6 +58,15 @@ def test_fusing_changes_no_bit(demo_gguf: Path, isa: str, compute: ComputeType) 
     assert np.array_equal(fused, plain)
     assert {"norm", "activate"} <= many
     assert not {"norm", "activate"} & few
+
+
+@pytest.mark.parametrize("compute", ["auto", "fp32"])
+@pytest.mark.parametrize("isa", _native.isas())
+def test_a_row_does_not_depend_on_which_others_are_wanted(demo_gguf: Path, isa: str, compute: ComputeType) -> None:
+    many, _ = logits(demo_gguf, isa, compute, fuse=True)
+    one, _ = logits(demo_gguf, isa, compute, fuse=True, wanted=1)
+    assert (len(many), len(one)) == (17, 2)
+    assert np.array_equal(many[-2:], one)
 
 
 def test_recoded_steps_agree_with_the_reference(demo_gguf: Path) -> None:

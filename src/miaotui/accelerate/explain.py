@@ -71,9 +71,10 @@ def _unseen(outcome: Outcome) -> Iterator[Technique]:
         tried = {a.candidate.features()[dimension] for a in outcome.attempts}
         for candidate, why in reversed(outcome.skipped):
             choice = candidate.features()[dimension]
-            if choice not in tried:
+            name = words(dimension, choice)
+            if name and choice not in tried:
                 tried.add(choice)
-                yield Technique(words(dimension, choice), False, _sentence(f"not tried: {why}"))
+                yield Technique(name, False, _sentence(f"not tried: {why}"))
 
 
 # -- sentences -------------------------------------------------------------------------------------------

@@ -50,27 +50,22 @@ def forward(ops: Ops[B], spec: ModelSpec, weights: Weights) -> B:
     last = len(spec.layers) - 1
     early = spec.layers[last].experts is None
     for index, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        x = _attention(ops, index, layer, w, h)
-        if index == last and early:
-            x, h = ops.select_rows(x), ops.select_rows(h)
-        h = _add_residual(ops, spec, x, w.out, w.attention_post_norm, h)
-        h = _mlp_block(ops, spec, layer, w, h)
+        h = decoder_layer(ops, spec, index, layer, w, h, select=index == last and early)
     h = ops.norm(h if early else ops.select_rows(h), weights.norm)
     return ops.logits(h, weights.head, scale=spec.logits_scale, softcap=spec.logits_softcap)
 
 
-def decoder_layer(ops: Ops[B], spec: ModelSpec, index: int, layer: LayerSpec, w: LayerWeights, h: B) -> B:
-    """The residual stream after one layer."""
-    x = _attention(ops, index, layer, w, h)
-    h = _add_residual(ops, spec, x, w.out, w.attention_post_norm, h)
-    return _mlp_block(ops, spec, layer, w, h)
-
-
-def _attention(ops: Ops[B], index: int, layer: LayerSpec, w: LayerWeights, h: B) -> B:
-    """What all heads give, side by side."""
+def decoder_layer(
+    ops: Ops[B], spec: ModelSpec, index: int, layer: LayerSpec, w: LayerWeights, h: B, *, select: bool = False
+) -> B:
+    """The residual stream after one layer; `select`: of the rows whose logits are wanted, the others ending here."""
     x = h if w.attention_norm is None else ops.norm(h, w.attention_norm)
     q = ops.rope_and_cache(ops.linear(x, w.qkv), index, layer.attention, q_norm=w.q_norm, k_norm=w.k_norm)
-    return ops.attention(q, index, layer.attention)
+    x = ops.attention(q, index, layer.attention)
+    if select:
+        x, h = ops.select_rows(x), ops.select_rows(h)
+    h = _add_residual(ops, spec, x, w.out, w.attention_post_norm, h)
+    return _mlp_block(ops, spec, layer, w, h)
 
 
 def _mlp_block(ops: Ops[B], spec: ModelSpec, layer: LayerSpec, w: LayerWeights, h: B) -> B:
