@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -207,7 +207,8 @@ class Subject:
     def _limits(self, ours: Worker, peer: Peer, peer_weights: Path) -> tuple[Ceilings, dict[str, Cost]]:
         """The machine's limits over our working set, and what each engine's own weights cost at the least."""
         size, block = ours.facts["weight_bytes"], ours.facts["block_bytes"]
-        mine = theirs = Cost.of(self.spec, size, block, "auto")
+        theirs = Cost.of(self.spec, size, block, "auto")
+        mine = replace(theirs, greedy_bytes=ours.facts["greedy_bytes"])
         if peer.weights != "gguf":
             theirs = Cost(self.spec, models.describe(peer_weights)["bytes"], mine.cache_bytes, integer=False)
         _pin(self.cpus)

@@ -13,6 +13,7 @@
 #include "probes.h"
 #include "program_ops.h"
 #include "sampling_bindings.h"
+#include "screened_op.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -108,6 +109,11 @@ std::shared_ptr<PackedWeight> wide_weight(Pool& pool, Heap& heap, const PackedWe
     throw std::invalid_argument("only integer weights whose inputs are quantised by 32 are recoded");
   nb::gil_scoped_release release;
   return std::make_shared<PackedWeight>(pack_wide(pool, heap, *isa_named(isa).kernels, from));
+}
+
+std::shared_ptr<Screen> screen_of(Pool& pool, Heap& heap, const PackedWeight& head, const std::string& isa) {
+  nb::gil_scoped_release release;
+  return std::make_shared<Screen>(make_screen(pool, heap, *isa_named(isa).kernels, head.view));
 }
 
 // (code, scale type, minima, rows, width, padded width, fold, folds a group, groups, input by token): with the panels'
@@ -233,7 +239,7 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
                    bool norm_layer, const std::optional<Place>& add, float scale, float softcap, const std::string& act,
                    bool gated, bool quantised, bool of_logits, std::optional<Array1<int32_t>> perm, bool hands_on,
                    bool handed, const Weights& wide, const Place& out) {
-  auto op = std::make_unique<LinearOp>();
+  auto op = of_logits ? std::make_unique<ScreenedOp>() : std::make_unique<LinearOp>();
   op->name = name;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i]->view.k != in.second) throw std::invalid_argument("a weight's width differs from its input's");
@@ -342,10 +348,32 @@ void record_attention(Program& program, const CacheShape& shape, const Place& q,
   program.add(std::move(op));
 }
 
+ScreenedOp* head_of(Program& program) { return dynamic_cast<ScreenedOp*>(program.last()); }
+
+// What a screen would read of the head, as a share of what that is; none where it cannot have one.
+std::optional<float> screen_share(Program& program) {
+  const ScreenedOp* head = head_of(program);
+  if (!head || !head->can_be_screened()) return std::nullopt;
+  return coarse_share(head->head());
+}
+
+void screen_head(Program& program, std::shared_ptr<Screen> screen) {
+  ScreenedOp* head = head_of(program);
+  if (!head || !head->can_be_screened() || screen->coarse.view.n != head->head().n ||
+      screen->coarse.view.k != head->head().k_pad + 2 * kApart)
+    throw std::invalid_argument("a screen of another head");
+  head->screen = std::move(screen);
+}
+
+bool screening(Program& program) {
+  const ScreenedOp* head = head_of(program);
+  return head && head->screening();
+}
+
 // ---- running ---------------------------------------------------------------------------------------------------
 
 void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Array1<int32_t> query_start,
-         Array1<int32_t> context_len, Array2<int32_t> block_table, Array1<int32_t> logits_rows) {
+         Array1<int32_t> context_len, Array2<int32_t> block_table, Array1<int32_t> logits_rows, bool greedy) {
   StepView step;
   step.tokens = static_cast<int32_t>(tokens.shape(0));
   step.seqs = static_cast<int32_t>(context_len.shape(0));
@@ -356,6 +384,7 @@ void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Ar
     throw std::invalid_argument("the step's arrays do not fit together");
   step.token_ids = tokens.data(), step.positions = positions.data(), step.query_start = query_start.data();
   step.context_len = context_len.data(), step.block_table = block_table.data(), step.logits_rows = logits_rows.data();
+  step.greedy = greedy;
   nb::gil_scoped_release release;
   program.run(step);
 }
@@ -402,6 +431,12 @@ NB_MODULE(_native, module) {
 
   nb::class_<Heap>(module, "Heap", "Memory on huge pages where weights lie in the order in which they are packed.")
       .def(nb::init<>());
+
+  nb::class_<Screen>(module, "Screen", "A head in 4 bits that bounds its logits.")
+      .def_static("of", &screen_of, "pool"_a, "heap"_a, "head"_a, "isa"_a)
+      .def_static("again", &screen_again, "coarse"_a, "facts"_a, "Of the parts of one that was made before.")
+      .def_ro("coarse", &Screen::coarse)
+      .def_ro("facts", &Screen::facts);
 
   nb::class_<PackedWeight>(module, "PackedWeight", "A matrix in the kernels' panels of 16 rows.")
       .def_static("dense", &dense_weight, "pool"_a, "heap"_a, "data"_a, "type"_a)
@@ -456,7 +491,11 @@ NB_MODULE(_native, module) {
       .def("read_block", &read_block, "block"_a, "content"_a)
       .def("write_block", &write_block, "block"_a, "content"_a)
       .def_prop_ro("block_bytes", &Program::block_bytes)
-      .def("run", &run, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a, "logits_rows"_a)
+      .def("run", &run, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a, "logits_rows"_a,
+           "greedy"_a = false)
+      .def("screen_share", &screen_share, "What a screen would read of the head, of what that is; None: it has none.")
+      .def("screen", &screen_head, "screen"_a, "Before finish().")
+      .def_prop_ro("screening", &screening, "Whether a greedy step of one row goes by way of the screen.")
       .def("likeliest", &likeliest, "rows"_a, "tokens"_a,
            "Each row's greatest column of the last run's logits, the first of equals; -1 where that is not known.")
       .def(

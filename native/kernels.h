@@ -115,9 +115,29 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
-  Ahead* ahead = nullptr;  // the calling thread's
-  Greatest greatest;       // the calling thread's, of these rows; with it, results are looked at on their way out
+  Ahead* ahead = nullptr;                // the calling thread's
+  const uint8_t* ahead_codes = nullptr;  // with few rows, what to ask for meanwhile; null: what lies behind the panel
+  Greatest greatest;  // the calling thread's, of these rows; with it, results are looked at on their way out
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
+};
+
+constexpr int kApart = 32;  // columns that a coarse head keeps apart
+
+// Over all rows of a coarse head, the most that a group's codes miss, in units of its scale; that its codes are long;
+// and that a row of the head is long, squared.
+struct CoarseMost {
+  float error = 0.0f, norm = 0.0f;
+  float first_norm = 0.0f, second_norm = 0.0f, second_error = 0.0f;  // of the columns apart, and what is left of them
+  float square = 0.0f;
+
+  void raise(const CoarseMost& by) {
+    error = error > by.error ? error : by.error;
+    norm = norm > by.norm ? norm : by.norm;
+    first_norm = first_norm > by.first_norm ? first_norm : by.first_norm;
+    second_norm = second_norm > by.second_norm ? second_norm : by.second_norm;
+    second_error = second_error > by.second_error ? second_error : by.second_error;
+    square = square > by.square ? square : by.square;
+  }
 };
 
 struct Kernels {
@@ -135,6 +155,12 @@ struct Kernels {
   void (*dequantise_row)(const Weight& weight, int row, float factor, float* out);
   // An integer weight's panel as INT8 codes with one scale a row. `scratch` has k_pad * 16 floats.
   void (*widen)(const Weight& weight, int panel, float* scratch, uint8_t* codes, float* scales);
+  // For screen.h, whose comments say what for; `scratch` has (k_pad + kApart) * 16 floats.
+  void (*add_columns)(const Weight& weight, int panel, float* scratch, double* sum, double* square);
+  void (*coarsen)(const Weight& weight, int panel, const float* centre, const int32_t* apart, float* scratch,
+                  uint8_t* codes, uint16_t* scales, CoarseMost& most);
+  // Adds more[g] to the integer sums of group g of row `row` with INT4 weights.
+  void (*lift)(const QuantRows& to, int row, const int32_t* more);
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {

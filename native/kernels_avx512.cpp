@@ -13,8 +13,9 @@ namespace {
 // The lanes must be defined first.
 #include "exp_impl.h"
 #include "kernels_impl.h"
+#include "screen_impl.h"
 
-constexpr Kernels table{"avx512", linear, norm, quantise, activate, dequantise_row, widen};
+constexpr Kernels table{"avx512", linear, norm, quantise, activate, dequantise_row, widen, add_columns, coarsen, lift};
 
 }  // namespace
 }  // namespace kernels_in_avx512

@@ -65,6 +65,7 @@ struct IntTile {  // one panel against M rows
   int ahead_lines;       // so many lines for each fold of 32 inputs
   const uint8_t* later;  // the same of a later op's memory
   int later_lines;
+  const uint8_t* stream;  // what a tile of few rows asks for meanwhile, as much as a panel
 };
 
 MIAOTUI_INLINE void prefetch_lines(const uint8_t*& ahead, int lines) {
@@ -114,6 +115,7 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
   const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins, *ahead = tile.ahead, *later = tile.later;
+  const uint8_t* stream = tile.stream;
   F16x acc[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) acc[m] = zero();
@@ -128,7 +130,8 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
     dot_fold<CODE, FOLD, M>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
     if constexpr (M <= kStreamingRows) {
 #pragma GCC unroll 8
-      for (size_t i = 0; i < code_step; i += 64) prefetch(codes + kCodesAhead + i);
+      for (size_t i = 0; i < code_step; i += 64) prefetch(stream + i);
+      stream += code_step;
       prefetch(scales + kCodesAhead / 8);
       if constexpr (MIN) prefetch(mins + kCodesAhead / 8);
     } else {
@@ -157,18 +160,18 @@ template <int M>
 __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& rows, float* out) {
   constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : 2;
   const Weight& w = *tile.weight;
-  const uint8_t* codes = tile.codes;
+  const uint8_t *codes = tile.codes, *stream = tile.stream;
   const int8_t* a = rows.q;
   I16x sum[kSums][M];
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; ++i)
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sum[i][m] = i ? isplat(0) : isplat_at(rows.minus_row + m);
-  for (int k = 0; k < w.k_pad; k += 32, codes += 512, a += M * 32) {
+  for (int k = 0; k < w.k_pad; k += 32, codes += 512, stream += 512, a += M * 32) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const Bytes line = load_bytes(codes + i * 64);
-      prefetch(codes + kCodesAhead + i * 64);
+      prefetch(stream + i * 64);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) sum[i % kSums][m] = dot4<true>(sum[i % kSums][m], line, a + m * 32 + i * 4);
     }
@@ -237,7 +240,7 @@ MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
 }
 
 // The first time that rows meet a panel, they ask for the next one: its codes come from memory.
-inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int count, bool first, Ahead* later,
+inline void int_panel(const LinearArgs& args, const Weight& w, int panel, const QuantRows& rows, int count, bool first,
                       float* out) {
   const uint8_t* codes = w.codes + panel * w.panel_bytes;
   const int lines = w.code == Code::INT4 ? 4 : 8, tiles = first ? (count >= 2 * kMaxTile ? 2 : 1) : 0;
@@ -248,9 +251,10 @@ inline void int_panel(const Weight& w, int panel, const QuantRows& rows, int cou
                codes + w.panel_bytes,
                tiles ? lines / tiles : 0,
                nullptr,
-               0};
+               0,
+               args.ahead_codes ? args.ahead_codes : codes + kCodesAhead};
   for_tiles(count, [&](auto m, int r) {
-    if (!tile.ahead_lines && decltype(m)::value > kStreamingRows) take_later(tile, later, w.k_pad);
+    if (!tile.ahead_lines && decltype(m)::value > kStreamingRows) take_later(tile, args.ahead, w.k_pad);
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
     tile.ahead += w.panel_bytes / 2;
     if (r + decltype(m)::value >= tiles * kMaxTile) tile.ahead_lines = 0;
@@ -699,8 +703,8 @@ inline void linear_int(const LinearArgs& args, int first, int last, float* resul
   for_blocks(args, first, last, 2, [&](int begin, int end, int row, int rows) {
     const QuantRows quant = args.quant.from(row, rows);
     for (int panel = begin; panel < end; ++panel) {
-      int_panel(w, panel, quant, rows, row == 0, args.ahead, result);
-      if (args.up) int_panel(*args.up, panel, quant, rows, row == 0, args.ahead, up);
+      int_panel(args, w, panel, quant, rows, row == 0, result);
+      if (args.up) int_panel(args, *args.up, panel, quant, rows, row == 0, up);
       if (!args.handed) {
         finish(args, panel, row, rows, result, args.up ? up : nullptr);
         continue;

@@ -12,8 +12,10 @@ namespace {
 // The lanes must be defined first.
 #include "exp_impl.h"
 #include "kernels_impl.h"
+#include "screen_impl.h"
 
-constexpr Kernels table{"portable", linear, norm, quantise, activate, dequantise_row, widen};
+constexpr Kernels table{"portable",     linear, norm,        quantise, activate,
+                        dequantise_row, widen,  add_columns, coarsen,  lift};
 
 }  // namespace
 }  // namespace kernels_in_portable

@@ -208,6 +208,16 @@ PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const Pac
   return packed;
 }
 
+PackedWeight empty_int4(Heap& heap, int n, int k) {
+  PackedWeight packed;
+  Weight& w = packed.view;
+  w.code = Code::INT4;
+  w.scale_type = ScaleType::BF16;
+  w.n = n, w.k = w.k_pad = k, w.groups = k / 32;
+  lay_out(packed, heap);
+  return packed;
+}
+
 PackedWeight pack_grouped(Pool& pool, Heap& heap, const uint8_t* codes, const float* scale, const float* minimum,
                           int bits, int group, ScaleType scale_type, int n, int k) {
   PackedWeight packed;

@@ -35,6 +35,9 @@ PackedWeight pack_gguf(Pool& pool, Heap& heap, const uint8_t* rows, const std::s
 // matrix, as their inputs will be: that spreads what stands out, as in QuaRot (Ashkboos et al. 2024, section 4).
 PackedWeight pack_wide(Pool& pool, Heap& heap, const Kernels& kernels, const PackedWeight& from);
 
+// Room for INT4 in groups of 32 with bfloat16 scales, zeroed; k is a multiple of 32.
+PackedWeight empty_int4(Heap& heap, int n, int k);
+
 // Codes [n, k] one to a byte, scale (and minimum, or null) [n, groups] float32. `group` divides by 16.
 // Scales are stored as scale_type, in which they must be exact.
 PackedWeight pack_grouped(Pool& pool, Heap& heap, const uint8_t* codes, const float* scale, const float* minimum,

@@ -147,6 +147,7 @@ void Program::run(const StepView& step) {
   context_.step.seq_of_token = seq_of_token_.data();
   look_ahead();
   pool_->each([this](int thread) { replay(thread); });
+  if (!ops_.empty()) ops_.back()->after(context_);
   if (profiling_) ++profiled_runs_;
 }
 

@@ -55,6 +55,9 @@ class Op {
   virtual size_t scratch_bytes() const { return 0; }
   virtual size_t attention_bytes(const Limits&, int) const { return 0; }
 
+  // After every thread has run the last op of a step, on one of them.
+  virtual void after(const Context&) {}
+
   virtual bool streams_weights() const { return false; }
   // From now on, note the greatest of each row of results; false where it cannot.
   virtual bool note_greatest() { return false; }
@@ -96,6 +99,7 @@ class Program {
 
   float* arena(size_t offset) const { return reinterpret_cast<float*>(arena_.data()) + offset; }
   void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+  Op* last() const { return ops_.empty() ? nullptr : ops_.back().get(); }
   void keep(std::shared_ptr<PackedWeight> weight) { weights_.push_back(std::move(weight)); }
   // A layer's cache pointer that allocate_cache() will set; the args live as long as the program.
   void needs_cache(int layer, LayerCache* cache, size_t bytes);

@@ -151,22 +151,31 @@ void LinearOp::share(const Context& c, int thread, int& first, int& last) const 
   first *= unit, last = std::min(last * unit, total);
 }
 
-void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
+LinearArgs LinearOp::arguments(const Context& c, const PreparedRows& from, int thread) const {
   LinearArgs args;
   args.rows = rows(c);
   args.x = from.x;
   args.x_stride = static_cast<size_t>(from.x_stride);
   args.quant = from.quant;
   args.ahead = c.ahead + thread;
+  if (greatest) args.greatest = c.greatest_of(thread);
+  return args;
+}
+
+void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
+  LinearArgs args = arguments(c, from, thread);
   const QuantRows next =
       PreparedRows::in(c.handed, args.rows, static_cast<int>(out.width), false, true, nullptr, 0).quant;
   if (hands_on) args.handed = &next;
-  if (greatest) {
-    args.greatest = c.greatest_of(thread);
-    std::fill_n(args.greatest.value, args.rows * 16, -std::numeric_limits<float>::infinity());
-  }
-  int first, last, begin = 0;
+  if (greatest) std::fill_n(args.greatest.value, args.rows * 16, -std::numeric_limits<float>::infinity());
+  int first, last;
   share(c, thread, first, last);
+  multiply(c, args, first, last, scratch);
+}
+
+// Panels [first, last) of all parts, counted through.
+void LinearOp::multiply(const Context& c, LinearArgs& args, int first, int last, float* scratch) const {
+  int begin = 0;
   for (size_t i = 0; i < (gated ? 1 : parts.size()); ++i) {
     const Part& part = parts[i];
     const int from_panel = std::max(first - begin, 0), to_panel = std::min(last - begin, part.weight->panels);

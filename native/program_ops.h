@@ -98,7 +98,7 @@ struct LinearOp : Op {
   bool handed = false;
   bool greatest = false;  // each row's is noted
 
- private:
+ protected:
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }
   bool wide(const Context& c) const { return parts[0].wide && rows(c) >= kWideFrom; }
   bool any_integer() const;
@@ -111,7 +111,9 @@ struct LinearOp : Op {
   PreparedRows prepared_in(uint8_t* memory, int rows) const;
   size_t prepared_bytes(int rows) const;
   void prepare(const Context& c, const PreparedRows& to, int first, int last, float* rows) const;
+  LinearArgs arguments(const Context& c, const PreparedRows& from, int thread) const;
   void multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const;
+  void multiply(const Context& c, LinearArgs& args, int first, int last, float* scratch) const;
 };
 
 // A routed MLP: each token through the top_k experts of its router row, their results weighted and added in ascending

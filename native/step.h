@@ -15,6 +15,7 @@ struct StepView {
   int32_t tokens = 0;
   int32_t seqs = 0;
   int32_t rows = 0;                       ///< number of logits rows
+  bool greedy = false;                    ///< nothing is wanted of a logits row but its greatest
   int32_t table_stride = 0;               ///< entries from one sequence's row of block_table to the next
   const int32_t* token_ids = nullptr;     ///< [tokens]
   const int32_t* positions = nullptr;     ///< [tokens]

@@ -80,7 +80,7 @@ def test_keep_the_original(tmp_path: Path) -> None:
     """Nothing here is both faster and within the floor."""
     workshop = FakeWorkshop(
         loss=lambda c: 0.0 if c.recipe is None else 0.03 + loss_of(c),
-        gain=lambda c: 0.9 if c.serving.speculative else 1.0 if c.recipe is None else gain_of(c),
+        gain=lambda c: gain_of(c) if c.recipe else 0.9 if c.serving.options() else 1.0,
     )
     outcome = found(tmp_path, workshop)
     assert outcome.winner is None

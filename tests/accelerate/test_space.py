@@ -60,6 +60,14 @@ def test_what_changes_most_of_the_work_is_tried_first() -> None:
     assert all(serving.compute == "auto" for serving in space(source(), goal="memory").servings)
 
 
+def test_memory_alone_may_cost_the_screen() -> None:
+    assert Serving(greedy_screen=False) in space(source(), goal="memory").servings[:2]
+    for goal in ("latency", "throughput", "balanced"):
+        assert all(serving.greedy_screen for serving in space(source(), goal=goal).servings)
+    predictor = Predictor(source(weight_bytes=2 * 10**6), LIMITS)
+    assert predictor.gain("memory", ORIGINAL.served(greedy_screen=False)) > 1.0
+
+
 def test_what_gives_the_same_answers() -> None:
     recipe = Recipe()
     assert Candidate(recipe).answers_key == Candidate(recipe, Serving(threads=1, speculative="ngram")).answers_key

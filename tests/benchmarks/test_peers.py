@@ -342,7 +342,7 @@ def test_a_whole_comparison_on_fakes(
     class FakeWorker(Fake):
         def __init__(self, module: str, python: Path, config: Config, log: Path, who: str) -> None:
             self.versions, self.settings, self.start_seconds = {"it": "1.2"}, {"threads": 1}, 0.1
-            self.facts = {"weight_bytes": 90_000_000, "block_bytes": 368_640}
+            self.facts = {"weight_bytes": 90_000_000, "block_bytes": 368_640, "greedy_bytes": 80_000_000}
             loaded[who] = config.options
             super().__init__(who, 0.001 if who != "it" else 0.003, [0.0], [])
             if module.endswith("vllm_cpu"):

@@ -50,7 +50,7 @@ def test_engine_options_are_arguments_of_llm() -> None:
 
     arguments = inspect.signature(LLM.__init__).parameters
     assert set(ENGINE) <= set(arguments)
-    told = {"prefix_cache_bytes": "1G", "keep_packed": "keep"}
+    told = {"prefix_cache_bytes": "1G", "keep_packed": "keep", "greedy_screen": "keep"}
     assert PREFIX_CACHE_BYTES == 1 << 30
     assert arguments["keep_packed"].default is True
     for name, decorator in ENGINE.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,19 @@ def test_a_prefix_is_run_once(prefix: bool) -> None:
     assert stats.prefix_hits == (96 + 112 if prefix else 0)
     assert stats.prompt_tokens == 100 + 97 + 124
     assert stats.step_tokens == stats.prompt_tokens - stats.prefix_hits + 3 * 23, "the last token is not run"
+
+
+@pytest.mark.parametrize("wanted", [{}, {"logprobs": 1}, {"temperature": 1.0}, {"logit_bias": {3: 9.0}}])
+def test_a_step_is_greedy_where_nothing_else_is_wanted(wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then its logits may be anything: the toy's are. One that wants more makes the whole step compute them."""
+    engine = toy_engine()
+    steps: list[bool] = []
+    run = engine.executor.run
+    monkeypatch.setattr(engine.executor, "run", lambda step: (steps.append(step.greedy), run(step))[1])
+    engine.add_request([1, 2, 3], GREEDY)
+    engine.add_request([4, 5, 6], SamplingParams(**{"temperature": 0.0, "max_tokens": 5, **wanted}))
+    finish(engine)
+    assert steps == [not wanted] * 5 + [True] * 19
 
 
 def test_the_last_token_is_always_run() -> None:

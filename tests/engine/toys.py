@@ -47,7 +47,7 @@ def history_logits(tokens: Many[int], vocab: int = VOCAB, sharpness: float = 3.0
 class ToyExecutor:
     """Keeps the contract of `backends.ops.Executor` and checks that the engine keeps its side."""
 
-    weight_bytes = 1000
+    weight_bytes = greedy_bytes = 1000
     pool = None
     block_bytes = BLOCK_SIZE * 4
     cache_format = "toy"
@@ -61,6 +61,7 @@ class ToyExecutor:
         self.tokens_run = 0
         self.copies = 0
         self.closed = False
+        self._greatest: list[int] | None = None
 
     def free_memory(self) -> int:
         return 1 << 30
@@ -85,10 +86,15 @@ class ToyExecutor:
                 if row in wanted:
                     position = int(context) - (end - row)
                     logits.append(history_logits(history[: position + 1].tolist(), self.vocab_size, self._sharpness))
-        return np.array(logits, np.float32).reshape(len(logits), self.vocab_size)
+        return self._answer(step, np.array(logits, np.float32).reshape(len(logits), self.vocab_size))
+
+    def _answer(self, step: Step, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A greedy step's logits are good for nothing; only the greatest is told."""
+        self._greatest = logits.argmax(axis=1).tolist() if step.greedy else None
+        return np.full_like(logits, np.nan) if step.greedy else logits
 
     def likeliest(self, logits: NDArray[np.float32], rows: Many[int]) -> list[int] | None:
-        return None
+        return None if self._greatest is None else [self._greatest[row] for row in rows]
 
     def copy_blocks(self, pairs: Many[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -105,7 +111,7 @@ class ToyExecutor:
         self.closed = True
 
     def _check(self, step: Step) -> None:
-        arrays = vars(step).values()
+        arrays = [value for name, value in vars(step).items() if name != "greedy"]
         assert all(a.dtype == np.int32 and a.flags.c_contiguous for a in arrays)
         assert 0 < len(step.tokens) == len(step.positions) == step.query_start[-1] <= self.shape.max_tokens
         assert 0 < len(step.context_len) == len(step.query_start) - 1 <= self.shape.max_seqs
@@ -185,12 +191,11 @@ def eager(count: int = 5, draft: ToyExecutor | None = None, blocks: int = 256, v
 class Scatterbrain(ToyExecutor):
     """A draft model that is right two times of three."""
 
-    def run(self, step: Step) -> NDArray[np.float32]:
-        logits = super().run(step)
+    def _answer(self, step: Step, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         for row, at in enumerate(step.logits_rows):
             if (int(step.positions[at]) + int(step.tokens[at])) % 3 == 0:
                 logits[row] = logits[row][::-1]
-        return logits
+        return super()._answer(step, logits)
 
 
 def finish(engine: Engine, *, check: bool = True) -> dict[str, RequestOutput]:

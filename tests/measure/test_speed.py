@@ -34,7 +34,8 @@ class SteadyLLM:
         self.clock, self.prompts = clock, prompts
         self.spec = make_spec()
         shape = SimpleNamespace(max_model_len=1024)
-        self.engine = SimpleNamespace(executor=SimpleNamespace(weight_bytes=10_000, block_bytes=4096, shape=shape))
+        sizes = {"weight_bytes": 10_000, "greedy_bytes": 10_000, "block_bytes": 4096}
+        self.engine = SimpleNamespace(executor=SimpleNamespace(**sizes, shape=shape))
         self.closed = False
 
     def stream(self, prompt: dict[str, list[int]], params: SamplingParams) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from miaotui.backends.ops import Attention
+from miaotui.backends.ops import FEW_ROWS, Attention
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.measure.work import Cost, parameters_read
 from miaotui.model.spec import ExpertsSpec, LayerSpec, ModelSpec
@@ -53,6 +53,12 @@ def test_a_decode_step() -> None:
     assert work.bytes == 10_000 + 256 * (9 + 19)
     assert (work.linear_operations, work.head_operations) == (2 * 2 * 2 * LAYER, 2 * 2 * HEAD)
     assert work.attention_operations == 2 * 4 * 4 * 8 * (10 + 20)
+
+
+def test_a_greedy_step_of_few_rows_reads_less() -> None:
+    cost = Cost.of(make_spec(), weight_bytes=10_000, block_bytes=0, compute="auto", greedy_bytes=8_000)
+    assert [cost.step([10] * rows).bytes for rows in (1, FEW_ROWS, FEW_ROWS + 1)] == [8_000, 8_000, 10_000]
+    assert cost.step([64], new_tokens=64).bytes == 8_000
 
 
 def test_a_prefill_step_and_a_window() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from miaotui.backends.cpu._native import Screen
 from numpy.typing import NDArray
 
-from miaotui import LLM
+from miaotui import LLM, SamplingParams
 from miaotui.backends.cpu import weights as cpu_weights
 from miaotui.backends.ops import Step
 from miaotui.checkpoint import open_checkpoint
@@ -42,6 +44,26 @@ def test_the_second_load_maps_what_the_first_packed(
     assert file.stat().st_size > 90e6
     monkeypatch.setattr(cpu_weights, "matrix", lambda *_: pytest.fail("packed again"))
     assert np.array_equal(logits(demo_gguf), first)
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_the_screen_is_mapped_too(
+    demo_gguf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, at_first: bool
+) -> None:
+    """A file that was kept without one stays as it is: the screen is then made at each load."""
+    logits(demo_gguf, greedy_screen=at_first)
+    (file,) = folder.glob("*.packed")
+    kept = file.read_bytes()
+    made: list[object] = []
+    screens = SimpleNamespace(of=lambda *rest: made.append(rest) or Screen.of(*rest), again=Screen.again)
+    monkeypatch.setattr(cpu_weights, "Screen", screens)
+    options = {"max_model_len": 64, "max_num_seqs": 1, "threads": 1}
+    greedy = SamplingParams(temperature=0.0, max_tokens=24)
+    with LLM(str(demo_gguf), **options) as screened, LLM(str(demo_gguf), greedy_screen=False, **options) as whole:
+        assert screened.engine.executor.greedy_bytes < whole.engine.executor.greedy_bytes
+        assert screened.generate("The sea is", greedy)[0].outputs == whole.generate("The sea is", greedy)[0].outputs
+    assert len(made) == (0 if at_first else 1)
+    assert file.read_bytes() == kept
 
 
 def test_a_damaged_file_is_replaced(demo_gguf: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

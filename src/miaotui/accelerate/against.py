@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Against:
             duel = pairs.Duel(ours, theirs, self.source.spec.vocab_size, self._moment, PLAN)
             taken = duel.measure(regimes, lambda line: self.tell(f"{peer.name}: {line}"))
             cost = Cost.of(self.source.spec, ours.facts["weight_bytes"], ours.facts["block_bytes"], "auto")
-            costs = {"ours": cost, "peer": cost}
+            costs = {"ours": replace(cost, greedy_bytes=ours.facts["greedy_bytes"]), "peer": cost}
             results = [
                 pairs.summary(regime, found, costs, self.limits, PLAN.least)
                 for regime, found in zip(regimes, taken, strict=True)

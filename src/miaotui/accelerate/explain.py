@@ -103,6 +103,8 @@ def words(dimension: str, choice: str) -> str:
             return f"{choice} sequences at most in a step"
         case "max_num_batched_tokens":
             return f"{choice} tokens at most in a step"
+        case "greedy_screen":
+            return "" if choice == "True" else "a head without its screen"
     raise AssertionError(f"no words for {dimension}")
 
 

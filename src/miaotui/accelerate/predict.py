@@ -49,7 +49,10 @@ class Predictor:
         return {
             "answer": prefill + load.answer * token,
             "streams": streams,
-            "memory": self.weight_bytes(candidate) + cost.cache_bytes * load.longest + HEADROOM,
+            "memory": self.weight_bytes(candidate)
+            + self._screen_bytes(candidate)
+            + cost.cache_bytes * load.longest
+            + HEADROOM,
         }
 
     def round_seconds(self, goal: Goal) -> float:
@@ -107,6 +110,11 @@ class Predictor:
         integer_head = integer and (candidate.recipe is None or self._codes_head(candidate.recipe))
         numbers = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers)
         return Cost(spec, read, numbers * CACHE_BYTES[candidate.serving.kv_cache_dtype], integer, integer_head)
+
+    def _screen_bytes(self, candidate: Candidate) -> float:
+        """Of the head once more in 4 bits, with a scale for every 32 of them."""
+        spec = self.source.spec
+        return 4.5 / 8 * spec.vocab_size * spec.hidden_size if candidate.serving.greedy_screen else 0.0
 
     def _codes_head(self, recipe: Recipe) -> bool:
         scheme = recipe.embedding if self.source.spec.tied_head else recipe.head

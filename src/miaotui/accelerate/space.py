@@ -55,6 +55,7 @@ class Serving:
     speculative: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    greedy_screen: bool = True
 
     def options(self) -> dict[str, Any]:
         """LLM's keyword arguments, where they are not its defaults."""
@@ -62,7 +63,9 @@ class Serving:
 
 
 DEFAULT = Serving()
-PROMISING = ("compute", "kv_cache_dtype", "speculative", "max_num_batched_tokens", "max_num_seqs", "threads")
+PROMISING = (
+    "compute", "kv_cache_dtype", "greedy_screen", "speculative", "max_num_batched_tokens", "max_num_seqs", "threads",
+)  # fmt: skip
 """Choices of how to serve, those first that change the most work."""
 
 
@@ -99,7 +102,7 @@ class Candidate:
         words = {
             "compute": "{} compute", "kv_cache_dtype": "{} cache", "threads": "{} threads",
             "speculative": "{} speculation", "max_num_seqs": "{} sequences",
-            "max_num_batched_tokens": "{} tokens a step",
+            "max_num_batched_tokens": "{} tokens a step", "greedy_screen": "no screen",
         }  # fmt: skip
         return ", ".join([*parts, *(words[name].format(value) for name, value in self.serving.options().items())])
 
@@ -237,7 +240,9 @@ def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
         "balanced": (512, 1024),
     }[goal]
     computes = ("auto",) if goal == "memory" else ("auto", "int8-batch")
-    every = (Serving(*chosen) for chosen in product(computes, ("auto", "int8"), threads, guesses, sequences, tokens))
+    screens = (True, False) if goal == "memory" else (True,)
+    choices = product(computes, ("auto", "int8"), threads, guesses, sequences, tokens, screens)
+    every = (Serving(*chosen) for chosen in choices)
     yield from sorted((s for s in every if s != DEFAULT), key=_unlikely)
 
 

@@ -28,6 +28,9 @@ CacheType = Literal["fp32", "bf16", "int8"]
 BLOCK_SIZE = 16
 """Positions in one block of the KV cache, in every backend."""
 
+FEW_ROWS = 2
+"""Rows of logits with which an executor may read less of the head (`Executor.greedy_bytes`)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:
@@ -73,7 +76,8 @@ class Step:
 
     Sequence s owns rows `query_start[s] : query_start[s+1]`; they are its last tokens, so that after the step it
     is `context_len[s]` long. `block_table[s, i]` is the cache block that holds positions 16·i … 16·i+15.
-    `logits_rows` are the rows (ascending) whose logits are wanted.
+    `logits_rows` are the rows (ascending) whose logits are wanted; with `greedy`, of each only which is the greatest,
+    so that the others may be anything.
     """
 
     tokens: NDArray[np.int32]  # [tokens]
@@ -82,6 +86,7 @@ class Step:
     context_len: NDArray[np.int32]  # [seqs]
     block_table: NDArray[np.int32]  # [seqs, blocks], padded with 0
     logits_rows: NDArray[np.int32]  # [rows]
+    greedy: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +206,28 @@ class CacheSpec:
     type: CacheType = "bf16"
 
 
+@dataclass(frozen=True)
+class OpWork:
+    """What an op must do at the least: `bytes` of weights to read, `products` for each row, of tokens or of logits.
+
+    `greedy_bytes` are read where of `FEW_ROWS` rows or fewer no more than the greatest logits are wanted.
+    """
+
+    bytes: int = 0
+    products: int = 0
+    of_logits: bool = False
+    greedy_bytes: int = 0
+
+
 class Executor(Protocol):
     """A loaded model that runs steps: what the engine holds. It owns the weights and the KV cache."""
 
     vocab_size: int
     weight_bytes: int
     """Bytes of weights that a step with one token must read."""
+
+    greedy_bytes: int
+    """The least of these, where of `FEW_ROWS` rows or fewer no more than the greatest logit is wanted."""
 
     block_bytes: int
     """Bytes of one cache block over all layers."""

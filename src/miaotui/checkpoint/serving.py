@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, type] = {
     "speculative": str,
     "max_num_seqs": int,
     "max_num_batched_tokens": int,
+    "greedy_screen": bool,
 }
 
 

@@ -85,6 +85,11 @@ ENGINE = {
         "--keep-packed/--no-keep-packed", default=None,
         help="Keep a large model's packed weights on disk, for a quick next start.  [default: keep]",
     ),
+    "greedy_screen": click.option(
+        "--greedy-screen/--no-greedy-screen", default=None,
+        help="Keep the head once more in 4 bits where greedy answers of one or two streams then come faster; they stay "
+        "the same.  [default: keep]",
+    ),
 }  # fmt: skip
 
 SAMPLING = {

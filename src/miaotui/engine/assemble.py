@@ -42,6 +42,7 @@ class Settings:
     threads: int | None
     device: str
     keep_packed: bool
+    greedy_screen: bool
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
@@ -62,6 +63,7 @@ class Settings:
             "max_num_batched_tokens",
             "threads",
             "keep_packed",
+            "greedy_screen",
         )
         return {name: getattr(self, name) for name in names}
 

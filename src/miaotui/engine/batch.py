@@ -76,6 +76,7 @@ class Batch:
             context_len=self._context_len[:seqs],
             block_table=self._block_table[:seqs],
             logits_rows=self._rows[:row_count],
+            greedy=all(sequence.plain for sequence in plan.counts),
         )
 
     def _sync_row(self, row: int, sequence: Sequence) -> None:

@@ -53,6 +53,7 @@ class LLM:
         threads: int | None = None,
         device: Literal["auto", "cpu", "cuda", "reference"] = "auto",
         keep_packed: bool = True,
+        greedy_screen: bool = True,
     ) -> None:
         """Load `model`: a folder, a `.gguf` file, a hub name or `demo`.
 
@@ -67,6 +68,8 @@ class LLM:
         before, {"model": …, "num_speculative_tokens": 4} asks a small model of the same tokenizer.
         `device` reference is PyTorch on the CPU: slow, exact, and there to compare with.
         `keep_packed` keeps the packed weights of a large model on disk, so that its next start only maps them.
+        `greedy_screen` keeps the head once more in 4 bits, where greedy decoding of one or two streams then finds the
+        likeliest token, the very same, while it reads less.
         `max_num_seqs` sequences and `max_num_batched_tokens` tokens in one step at most.
         """
         settings = Settings(
@@ -83,6 +86,7 @@ class LLM:
             threads=threads,
             device=device,
             keep_packed=keep_packed,
+            greedy_screen=greedy_screen,
         )
         loaded, self.engine = assemble(model, settings)
         self.model = model

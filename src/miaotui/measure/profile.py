@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from miaotui.backends.ops import FEW_ROWS, OpWork
 from miaotui.engine.params import SamplingParams
 from miaotui.errors import UsageError
 from miaotui.hardware import ceilings, detect
@@ -26,7 +27,7 @@ class Profiled(Protocol):
 
     def stop_profile(self) -> tuple[list[tuple[str, float]], int]: ...
 
-    def op_weights(self) -> list[tuple[int, int, bool]]: ...
+    def op_work(self) -> list[OpWork]: ...
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,16 @@ def _lines(
     cost = subject.cost
     tokens = case.requests * case.new_tokens
     lines: dict[str, Line] = {}
-    for (name, seconds), (weight_bytes, products, of_logits) in zip(ops, executor.op_weights(), strict=True):
+    few = case.requests <= FEW_ROWS
+    for (name, seconds), op in zip(ops, executor.op_work(), strict=True):
         line = lines.setdefault(name, Line(name))
         line.count += 1
         line.seconds += seconds / runs
-        rows = case.requests if of_logits else tokens
-        line.least += cost.seconds(Work(weight_bytes, 2.0 * products * rows, 0.0), limits)
+        rows = case.requests if op.of_logits else tokens
+        read = op.greedy_bytes if few else op.bytes
+        line.least += cost.seconds(Work(read, 2.0 * op.products * rows, 0.0), limits)
     if "attention" in lines:
         whole = cost.step([case.context] * case.requests, case.new_tokens)
-        cached = whole.bytes - cost.weight_bytes
+        cached = whole.bytes - cost.read(case.requests)
         lines["attention"].least = cost.seconds(Work(cached, 0.0, whole.attention_operations), limits)
     return sorted(lines.values(), key=lambda line: -line.seconds)

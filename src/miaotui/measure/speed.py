@@ -69,7 +69,8 @@ class Subject:
         self.llm = LLM(settings.model, **settings.options, enable_prefix_caching=False)
         executor = self.llm.engine.executor
         compute = settings.options.get("compute", "auto")
-        self.cost = Cost.of(self.llm.spec, executor.weight_bytes, executor.block_bytes, compute)
+        sizes = executor.weight_bytes, executor.block_bytes
+        self.cost = Cost.of(self.llm.spec, *sizes, compute, executor.greedy_bytes)
         self._random = np.random.default_rng(20240229)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miaotui.backends.ops import BLOCK_SIZE
+from miaotui.backends.ops import BLOCK_SIZE, FEW_ROWS
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.model.spec import LayerSpec, ModelSpec
 
@@ -25,7 +25,8 @@ class Cost:
     """What a model costs, from its shapes: `weight_bytes` a step reads, `cache_bytes` for a position over all layers.
 
     `integer` says that the matrix products run on integer codes, `integer_head` the same of the head alone; None: that
-    they are as the others.
+    they are as the others. `greedy_bytes` are read instead in steps of `FEW_ROWS` rows of logits or fewer of which only
+    the greatest are wanted; None: as many.
     """
 
     spec: ModelSpec
@@ -33,15 +34,19 @@ class Cost:
     cache_bytes: float
     integer: bool
     integer_head: bool | None = None
+    greedy_bytes: int | None = None
 
     @classmethod
-    def of(cls, spec: ModelSpec, weight_bytes: int, block_bytes: int, compute: str) -> Cost:
-        """`weight_bytes` and `block_bytes` as an executor states them; `compute` is `auto` or `fp32`."""
+    def of(
+        cls, spec: ModelSpec, weight_bytes: int, block_bytes: int, compute: str, greedy_bytes: int | None = None
+    ) -> Cost:
+        """The bytes as an executor states them; `compute` is `auto` or `fp32`."""
         codes = weight_bytes / parameters_read(spec) < 1.5  # bf16 has 2 bytes, int8 with its scales less than 1.2
-        return cls(spec, weight_bytes, block_bytes / BLOCK_SIZE, codes and compute != "fp32")
+        integer = codes and compute != "fp32"
+        return cls(spec, weight_bytes, block_bytes / BLOCK_SIZE, integer, greedy_bytes=greedy_bytes)
 
     def step(self, contexts: Sequence[int], new_tokens: int = 1) -> Work:
-        """Every sequence gets `new_tokens` tokens and then has its length in `contexts`; one logits row each.
+        """Every sequence gets `new_tokens` tokens and then has its length in `contexts`; one greedy logits row each.
 
         Of the last layer the other tokens need their keys and values alone.
         """
@@ -55,7 +60,11 @@ class Cost:
         seen = sum(self._positions_seen(layer, context, new_tokens) for layer in before for context in contexts)
         seen += sum(self._positions_seen(last, context, 1) for context in contexts)
         cached = self.cache_bytes * sum(self._cache_read(context, new_tokens) for context in contexts)
-        return Work(self.weight_bytes + cached, linear, seen, head)
+        return Work(self.read(rows) + cached, linear, seen, head)
+
+    def read(self, rows: int) -> int:
+        """Bytes of weights that a greedy step with so many rows of logits reads."""
+        return self.weight_bytes if self.greedy_bytes is None or rows > FEW_ROWS else self.greedy_bytes
 
     def seconds(self, work: Work, ceilings: Ceilings) -> float:
         """The least time for it: reading and computing may overlap perfectly, linear and attention may not."""

@@ -25,7 +25,7 @@ from miaotui.checkpoint.demo import cache_folder
 from miaotui.checkpoint.write import atomic_file
 from miaotui.errors import CheckpointError
 
-LAYOUT = 3
+LAYOUT = 4
 """Changes with the kernels' panel layout (native/kernels.h)."""
 MAGIC = b"miaotui-packed-1"
 FOOTER = struct.Struct("<QQ16s")
@@ -69,6 +69,10 @@ class PackedFile:
         self._index = json.loads(data[offset : offset + size].tobytes())
         self._bytes = data
         os.utime(self.path)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._bytes is not None and self._next >= len(self._index)
 
     def take(self, description: str) -> _native.PackedWeight | None:
         if self._bytes is None:

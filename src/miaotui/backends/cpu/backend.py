@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,15 @@ from miaotui.backends.cpu.emit import Emitter, Place, Widen
 from miaotui.backends.cpu.nodes import AttentionNode, ExpertsNode, LinearNode, Node, RopeNode, Value
 from miaotui.backends.cpu.ops import CpuOps
 from miaotui.backends.cpu.plan import fused, place, split_inputs
-from miaotui.backends.cpu.weights import WeightStore
-from miaotui.backends.ops import CacheSpec, ComputeType, Ops, Rope, Step, StepShape
+from miaotui.backends.cpu.weights import Matrix, WeightStore, screen_of
+from miaotui.backends.ops import CacheSpec, ComputeType, Ops, OpWork, Rope, Step, StepShape
 from miaotui.errors import ResourceError, UsageError
 from miaotui.hardware import detect
+
+SCREEN_LEAST = 0.05
+"""Of what a step reads, the least that a screen must save: it takes memory."""
+SCREEN_MOST = 300_000_000
+"""Elements of a head that a screen is made of: about 0.2 seconds' work."""
 
 
 class CpuBackend:
@@ -26,6 +32,8 @@ class CpuBackend:
     the checkpoint says so (w8a8), by token. "int8-batch" does so in steps of few rows; linears of 16 rows and
     more multiply a second copy of the weights, recoded to int8 with one scale a row, with activations quantised
     per 64 elements, both turned first (native/pack.h). "fp32" computes everything in float32, exactly as stored.
+    `screen` keeps the head once more in 4 bits where that pays, by which greedy steps of one or two rows find the
+    greatest logit without reading all of it (native/screen.h).
     `isa` names an instruction set of `_native.isas()` (default: the best). `beside` lends its threads: the two
     executors must never run at the same time.
     """
@@ -39,6 +47,7 @@ class CpuBackend:
         threads: int | None = None,
         isa: str | None = None,
         fuse: bool = True,
+        screen: bool = True,
         store: WeightStore | None = None,
         beside: CpuExecutor | None = None,
     ) -> None:
@@ -50,6 +59,8 @@ class CpuBackend:
         self._wide = compute == "int8-batch"
         self._isa = isa or _native.isas()[0]
         self._fuse = fuse
+        self._wants_screen = screen
+        self._store = store
         self._pool = beside.pool if beside is not None else _native.Pool(threads or detect.usable_cores())
         self._ops = CpuOps(self._pool, store)
 
@@ -84,10 +95,11 @@ class CpuBackend:
         ops = split_inputs(nodes)
         for node, parts in ops:
             emitter.emit(node, parts)
+        work = [OpWork()] * len(ropes) + [_op_work(node, parts) for node, parts in ops]
+        self._screen(program, ops, work)
         program.finish()
         ways = f"quantised={self._quantised} wide={self._wide} fuse={self._fuse}"
         cache_format = f"cpu {self._isa} {self.cache.type} {ways} {_build()}"
-        work = [(0, 0, False)] * len(ropes) + [_op_weights(node, parts) for node, parts in ops]
         return CpuExecutor(program, (places.offset[logits], logits.width), rows, work, cache_format, self._pool)
 
     def _widen(self) -> Widen | None:
@@ -103,6 +115,19 @@ class CpuBackend:
         heap = _native.Heap()
         return lambda weight: _native.PackedWeight.wide(self._pool, heap, weight, self._isa)
 
+    def _screen(self, program: _native.Program, ops: list[tuple[Node, list[int]]], work: list[OpWork]) -> None:
+        """Give the head a screen where one pays, and note what it saves."""
+        share, (node, parts) = program.screen_share(), ops[-1]
+        if not self._wants_screen or share is None or not isinstance(node, LinearNode):
+            return
+        head, read = node.weight.parts[parts[0]], sum(op.bytes for op in work)
+        saved = int(head.nbytes * (1.0 - share))
+        made = head.height * head.width  # bytes of the panels that it is made of, at the most
+        if saved < SCREEN_LEAST * read or made > SCREEN_MOST or 2 * made > detect.available_memory():
+            return
+        program.screen(screen_of(self._pool, head.packed, self._isa, self._store))
+        work[-1] = replace(work[-1], greedy_bytes=head.nbytes - saved)
+
 
 class CpuExecutor:
     """Replays the program: one native call a step, without the GIL."""
@@ -112,7 +137,7 @@ class CpuExecutor:
         program: _native.Program,
         logits: Place,
         shape: StepShape,
-        op_weights: list[tuple[int, int, bool]],
+        op_work: list[OpWork],
         cache_format: str,
         pool: _native.Pool,
     ) -> None:
@@ -120,9 +145,10 @@ class CpuExecutor:
         self.pool = pool
         self.cache_format = cache_format
         self.vocab_size = logits[1]
-        self.weight_bytes = sum(weight_bytes for weight_bytes, _, _ in op_weights)
+        self.weight_bytes = sum(op.bytes for op in op_work)
+        self.greedy_bytes = sum(op.greedy_bytes for op in op_work)
         self.block_bytes: int = program.block_bytes
-        self._op_weights = op_weights
+        self._op_work = op_work
         self._program = program
         self._logits = program.view(logits, shape.max_logits_rows)
         self._last: NDArray[np.float32] = self._logits[:0]
@@ -135,7 +161,13 @@ class CpuExecutor:
 
     def run(self, step: Step) -> NDArray[np.float32]:
         self._program.run(
-            step.tokens, step.positions, step.query_start, step.context_len, step.block_table, step.logits_rows
+            step.tokens,
+            step.positions,
+            step.query_start,
+            step.context_len,
+            step.block_table,
+            step.logits_rows,
+            step.greedy,
         )
         self._last = self._logits[: len(step.logits_rows)]
         return self._last
@@ -170,9 +202,9 @@ class CpuExecutor:
         self._program.set_profiling(False)
         return rows, steps
 
-    def op_weights(self) -> list[tuple[int, int, bool]]:
-        """For each op in the profile's order: bytes of weights it reads, products a row, whether rows are logits'."""
-        return self._op_weights
+    def op_work(self) -> list[OpWork]:
+        """What each op must do, in the profile's order."""
+        return self._op_work
 
     def close(self) -> None:
         del self._last, self._logits, self._program, self.pool
@@ -193,17 +225,18 @@ def _build() -> str:
     return f"{file.st_size}-{file.st_mtime_ns}"
 
 
-def _op_weights(node: Node, parts: list[int]) -> tuple[int, int, bool]:
+def _op_work(node: Node, parts: list[int]) -> OpWork:
     of_logits = node.output.of_logits
     if isinstance(node, LinearNode):
-        chosen = [node.weight.parts[i] for i in parts]
-        return sum(m.nbytes for m in chosen), sum(m.height * m.width for m in chosen), of_logits
+        return _reading([node.weight.parts[i] for i in parts], of_logits)
     if isinstance(node, ExpertsNode):
-        every = [m for e in (*node.weight.gate_up, *node.weight.down) for m in e.parts]
+        every = _reading([m for e in (*node.weight.gate_up, *node.weight.down) for m in e.parts], False)
         used, count = node.top_k, len(node.weight.down)
-        return (
-            sum(m.nbytes for m in every) * used // count,
-            sum(m.height * m.width for m in every) * used // count,
-            False,
-        )
-    return 0, 0, of_logits
+        size = every.bytes * used // count
+        return OpWork(size, every.products * used // count, False, size)
+    return OpWork(of_logits=of_logits)
+
+
+def _reading(weights: list[Matrix], of_logits: bool) -> OpWork:
+    size = sum(m.nbytes for m in weights)
+    return OpWork(size, sum(m.height * m.width for m in weights), of_logits, size)

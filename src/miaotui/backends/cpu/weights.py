@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from miaotui.backends.cpu._native import Heap, PackedWeight, Pool
+from miaotui.backends.cpu._native import Heap, PackedWeight, Pool, Screen
 from miaotui.quant import pack
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
@@ -76,6 +76,11 @@ class WeightStore(Protocol):
         """Keep a weight that was just packed."""
         ...
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether all that an earlier load kept has been taken: no more can be kept beside it."""
+        ...
+
 
 def describe(tensor: Tensor) -> str:
     """What decides how a tensor is packed, its values aside."""
@@ -99,6 +104,21 @@ def stored_matrix(pool: Pool, heap: Heap, tensor: Tensor, store: WeightStore | N
         return Matrix(kept, _order(tensor) if kept.code in INTEGER else None)
     made = matrix(pool, heap, tensor)
     store.put(describe(tensor), made.packed)
+    return made
+
+
+def screen_of(pool: Pool, head: PackedWeight, isa: str, store: WeightStore | None) -> Screen:
+    """The head's screen, by way of the store where there is one that keeps it."""
+    heap = Heap()
+    if store is None or store.exhausted:
+        return Screen.of(pool, heap, head, isa)
+    names = [f"{part} of the screen of {head.code} {head.shape[0]}x{head.shape[1]}" for part in ("rows", "facts")]
+    coarse, facts = (store.take(name) for name in names)
+    if coarse is not None and facts is not None:
+        return Screen.again(coarse, facts)
+    made = Screen.of(pool, heap, head, isa)
+    store.put(names[0], made.coarse)
+    store.put(names[1], made.facts)
     return made
 
 

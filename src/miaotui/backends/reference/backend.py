@@ -62,7 +62,7 @@ class ReferenceExecutor:
         self._forward = forward
         ops.cache.allocate(1)
         self.vocab_size = self.run(_one_token()).shape[1]
-        self.weight_bytes = sum(ops.touched.values())
+        self.weight_bytes = self.greedy_bytes = sum(ops.touched.values())
 
     def free_memory(self) -> int:
         if self._ops.device.type == "cuda":

@@ -29,7 +29,7 @@ class Ours:
         gc.freeze()  # as the command line does: no collection between two tokens walks what is here to stay
         executor = self.llm.engine.executor
         self.settings = options
-        self.facts = {"weight_bytes": executor.weight_bytes, "block_bytes": executor.block_bytes}
+        self.facts = {name: getattr(executor, name) for name in ("weight_bytes", "block_bytes", "greedy_bytes")}
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
         from miaotui import SamplingParams
