@@ -389,9 +389,11 @@ void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Ar
   program.run(step);
 }
 
-void likeliest(const Program& program, Array1<int32_t> rows, nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig> tokens) {
-  if (tokens.shape(0) != rows.shape(0)) throw std::invalid_argument("the arrays differ in length");
-  for (size_t i = 0; i < rows.shape(0); ++i) tokens.data()[i] = program.likeliest(rows.data()[i]);
+// None where one of them was not noted.
+std::optional<std::vector<int>> likeliest(const Program& program, std::vector<int> rows) {
+  for (int& row : rows)
+    if ((row = program.likeliest(row)) < 0) return std::nullopt;
+  return rows;
 }
 
 using BlockBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -496,8 +498,8 @@ NB_MODULE(_native, module) {
       .def("screen_share", &screen_share, "What a screen would read of the head, of what that is; None: it has none.")
       .def("screen", &screen_head, "screen"_a, "Before finish().")
       .def_prop_ro("screening", &screening, "Whether a greedy step of one row goes by way of the screen.")
-      .def("likeliest", &likeliest, "rows"_a, "tokens"_a,
-           "Each row's greatest column of the last run's logits, the first of equals; -1 where that is not known.")
+      .def("likeliest", &likeliest, "rows"_a,
+           "Each row's greatest column of the last run's logits, the first of equals; None where one is not known.")
       .def(
           "view", [](nb::handle self, const Place& place, size_t rows) { return view(self, place, rows); }, "place"_a,
           "rows"_a, "Rows of a buffer as an array that shares its memory.")

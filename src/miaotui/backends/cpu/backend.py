@@ -175,10 +175,8 @@ class CpuExecutor:
     def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
         if logits is not self._last:
             return None
-        tokens = np.empty(len(rows), np.int32)
-        self._program.likeliest(np.array(rows, np.int32), tokens)
-        found: list[int] = tokens.tolist()
-        return None if -1 in found else found
+        found: list[int] | None = self._program.likeliest(rows)
+        return found
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for source, destination in pairs:
