@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.duel import Duellist, Side
+from miaotui.accelerate.duel import Duellist, Side, flags_of
 from miaotui.accelerate.goals import Workload
 from miaotui.accelerate.space import ORIGINAL, Serving
 from miaotui.accelerate.workshop import RealWorkshop
+from miaotui.cli import main as cli
 
 RIVAL, CANDIDATE = Side("one", Serving()), Side("one", Serving(kv_cache_dtype="int8"))
 
@@ -59,3 +60,13 @@ def test_the_workshop_times_beside_the_rival_it_is_given() -> None:
     served = ORIGINAL.served(kv_cache_dtype="int8")
     assert workshop.duel(served, 3) == (RIVAL, CANDIDATE, 3)
     assert workshop.duel(ORIGINAL, 3, served) == (CANDIDATE, RIVAL, 3)
+
+
+def test_flags_are_the_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flags_of({}) == flags_of({"greedy_screen": True})
+    assert flags_of({})[-1] == "--greedy-screen"
+    assert flags_of({"greedy_screen": False, "max_num_seqs": 8})[-3:] == ["--no-greedy-screen", "--max-num-seqs", "8"]
+    assert cli.main(["run", "nothing.gguf", "hi", *flags_of({"greedy_screen": False, "threads": 1})]) != 0
+    told = capsys.readouterr().err
+    assert "nothing.gguf" in told
+    assert "No such option" not in told

@@ -210,6 +210,12 @@ def _caveats(found: Findings, reports: Sequence[Mapping[str, Any]]) -> list[str]
             "Served so, a stream's answer may depend on how many others run with it: steps of 16 tokens and more are"
             " computed on recoded weights. `--compute auto` serves the same weights without."
         )
+    if winner is not None and winner.candidate.serving.speculative:
+        caveats.append(
+            "The figures of single regimes, and those against other engines, are without guessed tokens: what guesses"
+            " gain depends on the text. The gain over the original is with them, for drawn answers to prompts from the"
+            " text that was calibrated on."
+        )
     throttled = max(report["machine"]["disturbance"]["throttled"] for report in reports)
     if throttled:
         caveats.append(f"The processor slowed itself down {throttled} times while the regimes were measured.")

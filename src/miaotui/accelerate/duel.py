@@ -39,8 +39,14 @@ class Side:
 def flags_of(options: Mapping[str, Any]) -> list[str]:
     """The command line's spelling of LLM's options. What is not given is given as the default: an artefact's own
     recommendations must not come in between."""
-    every = {"speculative": "none", "compute": "auto", "kv_cache_dtype": "auto", **options}
-    return ["--raw", *(part for name, value in every.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
+    every = {"speculative": "none", "compute": "auto", "kv_cache_dtype": "auto", "greedy_screen": True, **options}
+    return ["--raw", *(part for name, value in every.items() for part in _flag(name.replace("_", "-"), value))]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 class Duellist:

@@ -155,5 +155,5 @@ def _default(attempt: Attempt) -> bool:
     return (
         attempt.candidate == Candidate(attempt.candidate.recipe, DEFAULT)
         or attempt.won
-        or (set(attempt.candidate.serving.options()) <= {"compute"})
+        or (set(attempt.candidate.serving.options()) <= {"compute", "greedy_screen"})
     )

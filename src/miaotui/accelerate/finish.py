@@ -6,7 +6,7 @@ Each is an action of the ledger, so that a search that is killed here goes on he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from miaotui.accelerate.duel import Side
@@ -56,10 +56,11 @@ class Finish:
     tell: Callable[[str], None]
 
     def measure(self, original: str, winner: Candidate | None, artefact: str, seconds: float) -> Measured:
-        """`artefact`: what to load for the winner. Both are measured as they are to be served."""
+        """`artefact`: what to load for the winner. Both are measured as they are to be served, but guess no tokens:
+        these regimes' prompts are random, and what follows them repeats as no text does."""
         sides = [Side(original, ORIGINAL.serving)]
         if winner is not None:
-            sides.append(Side(artefact, winner.serving))
+            sides.append(Side(artefact, replace(winner.serving, speculative=None)))
         seconds = max(LEAST_SECONDS, seconds)
         names = self.fitting(winner, 0.8 * seconds)
         settings = [side.settings() for side in sides]

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +259,7 @@ class _Run:
             return None
 
     def _peers(self, winner: Attempt | None, path: str) -> tuple[Peer, ...]:
-        options = {} if winner is None else winner.candidate.serving.options()
+        options = {} if winner is None else replace(winner.candidate.serving, speculative=None).options()
         against = Against(
             self.request.model, path, options, self.source, self.predictor.limits, self.request.work / "peers",
             self.ledger, self.builder, self.tell,
@@ -288,7 +288,7 @@ class _Run:
         )
         return (
             *again,
-            f"miaotui bench {out}",
+            f"miaotui bench {out}{' --speculative none' if serving_.speculative else ''}",
             f"miaotui evaluate {out} --data {confirm} --reference {self.request.model}{flags}",
         )
 

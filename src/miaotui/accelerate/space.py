@@ -144,7 +144,7 @@ def average_bits(recipe: Recipe, width: int) -> float:
 
 @dataclass(frozen=True)
 class Space:
-    """`weights`: every recipe, served by default. `servings`: every other way to serve. `dropped`: (what, why)."""
+    """`weights`: every recipe, served by default, but for memory's sake without a screen. `servings`: every other way to serve. `dropped`: (what, why)."""
 
     weights: tuple[Candidate, ...]
     servings: tuple[Serving, ...]
@@ -169,8 +169,10 @@ def make_space(
     recipes = [*_gguf(source, calibration)]
     if source.format != "gguf":
         recipes = [*_folders(source, calibration, dropped), *recipes]
-    plain = [Candidate(recipe, Serving(compute=compute)) for recipe in recipes for compute in ("auto", "fp32")]
-    cut = [Candidate(recipe, blocks=blocks) for blocks in _cuts(source, budget, dropped) for recipe in recipes]
+    screen = goal != "memory"
+    served = [Serving(compute=compute, greedy_screen=screen) for compute in ("auto", "fp32")]
+    plain = [Candidate(recipe, serving) for recipe in recipes for serving in served]
+    cut = [Candidate(recipe, served[0], blocks) for blocks in _cuts(source, budget, dropped) for recipe in recipes]
     servings = tuple(_servings(goal, cores, processors))
     return Space((*plain, *cut), servings, tuple(dropped), source.rounding)
 
@@ -240,8 +242,7 @@ def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
         "balanced": (512, 1024),
     }[goal]
     computes = ("auto",) if goal == "memory" else ("auto", "int8-batch")
-    screens = (True, False) if goal == "memory" else (True,)
-    choices = product(computes, ("auto", "int8"), threads, guesses, sequences, tokens, screens)
+    choices = product(computes, ("auto", "int8"), threads, guesses, sequences, tokens, (goal != "memory",))
     every = (Serving(*chosen) for chosen in choices)
     yield from sorted((s for s in every if s != DEFAULT), key=_unlikely)
 
