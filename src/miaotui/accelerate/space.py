@@ -144,7 +144,8 @@ def average_bits(recipe: Recipe, width: int) -> float:
 
 @dataclass(frozen=True)
 class Space:
-    """`weights`: every recipe, served by default, but for memory's sake without a screen. `servings`: every other way to serve. `dropped`: (what, why)."""
+    """`weights`: every recipe, served by default, or for memory's sake without a screen. `servings`: every other way to
+    serve. `dropped`: (what, why)."""
 
     weights: tuple[Candidate, ...]
     servings: tuple[Serving, ...]
