@@ -34,6 +34,7 @@ from miaotui.measure.peers.alone.peer_runners.worker import Config
 from miaotui.measure.peers.environments import DEFAULT, PEERS, Peer, PeerUnavailableError, install
 from miaotui.measure.peers.pairs import REGIMES, Duel, Moment, Plan, Probe, Regime, same_start, summary
 from miaotui.measure.peers.process import Worker
+from miaotui.measure.prompts import prose
 from miaotui.measure.work import Cost
 from miaotui.model.families import read_spec
 from miaotui.model.spec import ModelSpec
@@ -134,7 +135,9 @@ class Subject:
             self.gguf = models.demo_gguf(self.weights)
         checkpoint = open_checkpoint(self.gguf)
         self.spec: ModelSpec = read_spec(checkpoint)[0]
-        self.question: list[int] = Tokenizer.from_checkpoint(checkpoint).encode(QUESTION)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        self.question: list[int] = tokenizer.encode(QUESTION)
+        self.text = prose(tokenizer.encode)
         self.cpus = _one_of_each_core(options.threads)
 
     def document(self) -> dict[str, Any]:
@@ -171,7 +174,7 @@ class Subject:
         ):
             start = None if self.options.shape else self._same_start(ours, theirs)
             limits, costs = self._limits(ours, peer, peer_weights)
-            duel = Duel(ours, theirs, self.spec.vocab_size, _prober(limits), self.options.plan)
+            duel = Duel(ours, theirs, self.text, _prober(limits), self.options.plan)
             found = zip(regimes, duel.measure(regimes, partial(_tell_of, peer.name)), strict=True)
         return {
             "name": peer.name,

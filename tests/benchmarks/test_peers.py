@@ -59,7 +59,7 @@ def duel(plan: Plan, moment: Moment = QUIET) -> tuple[Duel, list[Any]]:
         return moment
 
     ours, peer = Fake("ours", 0.001, clock, log), Fake("peer", 0.003, clock, log)
-    return Duel(ours, peer, 1000, probe, plan, lambda: clock[0]), log
+    return Duel(ours, peer, range(1_000_000), probe, plan, lambda: clock[0]), log
 
 
 # -- the order of runs ---------------------------------------------------------------------------------------

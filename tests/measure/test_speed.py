@@ -33,6 +33,7 @@ class SteadyLLM:
         clock.now += 0.5
         self.clock, self.prompts = clock, prompts
         self.spec = make_spec()
+        self.tokenizer = SimpleNamespace(encode=lambda text: range(1_000_000))
         shape = SimpleNamespace(max_model_len=1024)
         sizes = {"weight_bytes": 10_000, "greedy_bytes": 10_000, "block_bytes": 4096}
         self.engine = SimpleNamespace(executor=SimpleNamespace(**sizes, shape=shape))

@@ -28,6 +28,7 @@ from miaotui.measure.peers import environments, pairs
 from miaotui.measure.peers.alone.peer_runners.worker import Config
 from miaotui.measure.peers.environments import PeerUnavailableError
 from miaotui.measure.peers.process import Worker
+from miaotui.measure.prompts import prose
 from miaotui.measure.work import Cost
 from miaotui.model.tokenizer import Tokenizer
 
@@ -107,8 +108,8 @@ class Against:
             self._worker("ours", Path(sys.executable), self.artefact, regimes, self.options) as ours,
             self._worker(peer.runner, python, str(weights), regimes, {}) as theirs,
         ):
-            pairs.same_start(ours, theirs, self._question())
-            duel = pairs.Duel(ours, theirs, self.source.spec.vocab_size, self._moment, PLAN)
+            pairs.same_start(ours, theirs, self._encode(QUESTION))
+            duel = pairs.Duel(ours, theirs, prose(self._encode), self._moment, PLAN)
             taken = duel.measure(regimes, lambda line: self.tell(f"{peer.name}: {line}"))
             cost = Cost.of(self.source.spec, ours.facts["weight_bytes"], ours.facts["block_bytes"], "auto")
             costs = {"ours": replace(cost, greedy_bytes=ours.facts["greedy_bytes"]), "peer": cost}
@@ -129,8 +130,8 @@ class Against:
         logs.mkdir(parents=True, exist_ok=True)
         return Worker(f"peer_runners.{runner}", python, config, logs / f"{runner}.log")
 
-    def _question(self) -> list[int]:
-        return Tokenizer.from_checkpoint(open_checkpoint(resolve(self.original))).encode(QUESTION)
+    def _encode(self, text: str) -> list[int]:
+        return Tokenizer.from_checkpoint(open_checkpoint(resolve(self.original))).encode(text)
 
     def _moment(self) -> pairs.Moment:
         """The machine between two runs; its limits are not probed again."""

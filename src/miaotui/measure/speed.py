@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from miaotui.errors import MiaotuiError, RequestError, ResourceError, UsageError
 from miaotui.hardware import ceilings, detect, sensors
 from miaotui.hardware.ceilings import Ceilings, Probes
 from miaotui.measure.energy import TokenEnergy, of_llm
+from miaotui.measure.prompts import cut, prose
 from miaotui.measure.stats import summarise
 from miaotui.measure.work import Cost
 
@@ -79,8 +81,14 @@ class Subject:
         return max(1, min(LONGEST, self.llm.engine.executor.shape.max_model_len - DECODE_TOKENS - 1))
 
     def prompt(self, tokens: int) -> dict[str, list[int]]:
-        """A prompt of that many random tokens."""
+        """That many tokens from a random place of a text; of a model whose weights are not its own, random ones."""
+        if self.settings.weights == "own":
+            return {"prompt_token_ids": cut(self._text, tokens, self._random)}
         return {"prompt_token_ids": self._random.integers(0, self.cost.spec.vocab_size, tokens).tolist()}
+
+    @cached_property
+    def _text(self) -> list[int]:
+        return prose(self.llm.tokenizer.encode)
 
     def close(self) -> None:
         self.llm.close()

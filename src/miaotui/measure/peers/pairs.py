@@ -17,6 +17,7 @@ from miaotui.hardware.ceilings import Ceilings
 from miaotui.hardware.sensors import BUSY, Watch
 from miaotui.measure.peers.alone.peer_runners.worker import Generation
 from miaotui.measure.peers.environments import PeerUnavailableError
+from miaotui.measure.prompts import cut
 from miaotui.measure.stats import summarise
 from miaotui.measure.work import Cost
 
@@ -31,7 +32,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Regime:
-    """`streams` prompts of `prompt` random tokens, and `new_tokens` more for each. The value is in tokens/s.
+    """`streams` prompts of `prompt` tokens, and `new_tokens` more for each. The value is in tokens/s.
 
     prefill: prompt tokens ÷ time to the first new token. decode: new tokens after the first ÷ the time they take.
     throughput: new tokens of all streams ÷ the whole run, its prompts included. `weight`: its share of the time.
@@ -121,11 +122,14 @@ Pair = tuple[Run, Run]
 
 @dataclass(frozen=True)
 class Duel:
-    """Two loaded engines, of which only the one that is asked is awake, and how to judge the machine in between."""
+    """Two loaded engines, of which only the one that is asked is awake, and how to judge the machine in between.
+
+    `text`: tokens to cut prompts from.
+    """
 
     ours: Engine
     peer: Engine
-    vocabulary: int
+    text: Sequence[int]
     probe: Probe
     plan: Plan
     clock: Clock = time.monotonic
@@ -160,8 +164,7 @@ class Duel:
 
     def _prompts(self, regime: Regime, random: np.random.Generator) -> list[list[int]]:
         """New ones for each pair, so that no cache helps."""
-        drawn: list[list[int]] = random.integers(0, self.vocabulary, (regime.streams, regime.prompt)).tolist()
-        return drawn
+        return [cut(self.text, regime.prompt, random) for _ in range(regime.streams)]
 
     def _run(self, name: Literal["ours", "peer"], regime: Regime, asked: list[list[int]], before: Moment) -> Run:
         engine = self.ours if name == "ours" else self.peer
