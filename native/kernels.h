@@ -159,8 +159,10 @@ struct Kernels {
   void (*add_columns)(const Weight& weight, int panel, float* scratch, double* sum, double* square);
   void (*coarsen)(const Weight& weight, int panel, const float* centre, const int32_t* apart, float* scratch,
                   uint8_t* codes, uint16_t* scales, CoarseMost& most);
+  // What row `row`, quantised by 32, is worth, [k_pad], and its groups' scales.
+  void (*decode)(const QuantRows& rows, int row, float* values, float* scales);
   // Adds more[g] to the integer sums of group g of row `row` with INT4 weights.
-  void (*lift)(const QuantRows& to, int row, const int32_t* more);
+  void (*lift)(const QuantRows& rows, int row, const int32_t* more);
 };
 
 inline size_t linear_scratch_bytes(int k_pad) {

@@ -843,13 +843,19 @@ MIAOTUI_INLINE int32_t quantise_group(const float* x, int left, float most, cons
   return static_cast<int32_t>(low + high);
 }
 
+// The tile that row `row` lies in, whose place there it becomes.
+inline QuantRows tile_of(const QuantRows& rows, int& row) {
+  int begin = row / kMaxTile * kMaxTile, m = next_tile(rows.rows - begin);
+  while (begin + m <= row) begin += m, m = next_tile(rows.rows - begin);
+  row -= begin;
+  return rows.from(begin, m);
+}
+
 // Dynamic int8, symmetric: scale = max|x| / 127, q = round-half-even(x * (127 / max|x|)), per 32 or 64 elements or by
 // token.
 inline void quantise(const float* x, int k, const QuantRows& to, int row, Inputs inputs) {
-  int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
-  while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
-  const QuantRows tile = to.from(begin, m);
-  row -= begin;
+  const QuantRows tile = tile_of(to, row);
+  const int m = tile.rows;
   const int groups = to.k_pad / 32, whole = k / 32;
   if (inputs == Inputs::By64) {
     int g = 0;

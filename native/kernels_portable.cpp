@@ -14,8 +14,8 @@ namespace {
 #include "kernels_impl.h"
 #include "screen_impl.h"
 
-constexpr Kernels table{"portable",     linear, norm,        quantise, activate,
-                        dequantise_row, widen,  add_columns, coarsen,  lift};
+constexpr Kernels table{"portable", linear,      norm,    quantise, activate, dequantise_row,
+                        widen,      add_columns, coarsen, decode,   lift};
 
 }  // namespace
 }  // namespace kernels_in_portable

@@ -117,10 +117,16 @@ inline void coarsen(const Weight& w, int panel, const float* centre, const int32
   raise(most.first_norm, first.norm), raise(most.second_norm, second.norm), raise(most.second_error, second.error);
 }
 
-// Adds more[g] to the sum of every group of 32 of the row with any weights, in units of its scale.
-inline void lift(const QuantRows& to, int row, const int32_t* more) {
-  int begin = row / kMaxTile * kMaxTile, m = next_tile(to.rows - begin);
-  while (begin + m <= row) begin += m, m = next_tile(to.rows - begin);
-  const QuantRows tile = to.from(begin, m);
-  for (int g = 0; g < to.k_pad / 32; ++g) tile.minus32[g * m + row - begin] += more[g];
+inline void decode(const QuantRows& rows, int row, float* values, float* scales) {
+  const QuantRows tile = tile_of(rows, row);
+  for (int g = 0; g < tile.k_pad / 32; ++g) {
+    const int at = g * tile.rows + row;
+    scales[g] = tile.scale[at];
+    for (int i = 0; i < 32; ++i) values[g * 32 + i] = static_cast<float>(tile.q[at * 32 + i]) * scales[g];
+  }
+}
+
+inline void lift(const QuantRows& rows, int row, const int32_t* more) {
+  const QuantRows tile = tile_of(rows, row);
+  for (int g = 0; g < tile.k_pad / 32; ++g) tile.minus32[g * tile.rows + row] += more[g];
 }

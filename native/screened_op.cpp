@@ -15,8 +15,7 @@ constexpr float kWorthWhile = 0.8f;  // of the bytes that the screen saves, thos
 constexpr float kForget = 0.05f;
 constexpr int kRest = 256;
 constexpr float kMostUnits = 0x1p22f;
-constexpr int kProbed = 32;          // panels for each row, of all threads together
-constexpr float kWhole = 0x1.8p23f;  // added and taken away again it leaves whole numbers, rounded to nearest even
+constexpr int kProbed = 32;  // panels for each row, of all threads together
 
 // Sums in eight parts, which the compiler may not make of one.
 template <typename F>
@@ -25,15 +24,6 @@ float sum_of(int n, F&& term) {
   for (int i = 0; i < n; i += 8)
     for (int j = 0; j < 8; ++j) part[j] += term(i + j);
   return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
-}
-
-// What 32 values are worth once Kernels::quantise has coded them; returns the scale.
-float coded_group(const float* x, float* coded) {
-  float most = 0.0f;
-  for (int i = 0; i < 32; ++i) most = std::max(most, std::fabs(x[i]));
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f, scale = most * (1.0f / 127.0f);
-  for (int i = 0; i < 32; ++i) coded[i] = ((x[i] * inverse + kWhole) - kWhole) * scale;
-  return scale;
 }
 
 }  // namespace
@@ -130,14 +120,13 @@ void ScreenedOp::lift(const Context& c, const Own& own, int row) const {
   for (int i = 0; i < kApart; ++i) apart[i] = apart[kApart + i] = own.row[screen->apart[static_cast<size_t>(i)]];
   c.kernels->quantise(own.row, screen->width(), own.coarse.quant, row, Inputs::By32);
 
-  float scales[kMostGroups], away[kMostGroups];  // |x - y|
+  float scales[kMostGroups + 2], away[kMostGroups];  // |x - y|
+  c.kernels->decode(own.coarse.quant, row, own.coded, scales);
   for (int g = 0; g < groups; ++g) {
     const float *from = own.row + g * 32, *coded = own.coded + g * 32;
-    scales[g] = coded_group(from, own.coded + g * 32);
     away[g] =
         integers() ? 0.0f : std::sqrt(sum_of(32, [&](int i) { return (from[i] - coded[i]) * (from[i] - coded[i]); }));
   }
-  const float scale_apart = coded_group(apart, coded_apart);
   float* input = integers() ? own.coded : own.row;  // of the head
   own.moved[row] = sum_of(padded, [&](int i) { return input[i] * screen->centre[static_cast<size_t>(i)]; });
   const float length = std::sqrt(sum_of(padded, [&](int i) { return input[i] * input[i]; }));
@@ -160,8 +149,8 @@ void ScreenedOp::lift(const Context& c, const Own& own, int row) const {
     const float left = std::sqrt(sum_of(32, [&](int i) { return of[i] * of[i]; }));
     own.more[g] = units(most.error * left + most.norm * away[g], scales[g]);
   }
-  own.more[groups] = units(most.first_norm * away_apart, scale_apart);
-  own.more[groups + 1] = units(most.second_norm * away_apart + most.second_error * length_apart, scale_apart);
+  own.more[groups] = units(most.first_norm * away_apart, scales[groups]);
+  own.more[groups + 1] = units(most.second_norm * away_apart + most.second_error * length_apart, scales[groups + 1]);
   c.kernels->lift(own.coarse.quant, row, own.more);
 }
 

@@ -92,6 +92,7 @@ class Opened:
             max_num_batched_tokens=rows,
             max_logits_rows=rows,
             threads=settings.threads,
+            greedy_screen=False,
         )
         return Scorer(self.model, executor)
 
