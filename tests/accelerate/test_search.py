@@ -19,7 +19,7 @@ import pytest
 from miaotui.accelerate.attempt import Plan
 from miaotui.accelerate.journal import Journal
 from miaotui.accelerate.sample import in_order
-from miaotui.accelerate.search import TRIES, Outcome, looks
+from miaotui.accelerate.search import TRIES, TUNING_ROUNDS, Outcome, looks
 from miaotui.accelerate.space import ORIGINAL, Candidate, Serving, Space
 from miaotui.accelerate.trial import Confirmation
 from miaotui.compress.recipe import Recipe
@@ -377,3 +377,23 @@ def test_ways_to_serve_are_told_apart_on_a_machine_that_changes(tmp_path: Path, 
     tuned = [a for a in outcome.attempts if a.rival is not None]
     assert [a.lead.value for a in tuned if a.lead is not None] == pytest.approx([1.1, 1.06, 1 / 1.1], rel=0.02)
     assert all(a.gain == a.lead.times(a.rival.gain) for a in tuned if a.lead and a.rival and a.rival.gain)
+
+
+def test_a_way_that_leads_by_chance_is_not_taken(tmp_path: Path) -> None:
+    """Its first five rounds happen to be a tenth quicker; rounds of their own then say that nothing was gained."""
+    lucky, met = Serving(max_num_seqs=32), list[int]()
+
+    def slow(candidate: Candidate, call: int) -> float:
+        if candidate.serving != lucky:
+            return 1.0
+        met.append(call)
+        return 0.9 if call == met[0] else 1.0
+
+    space = Space((Candidate(Recipe(scheme="w8-sym", method="rtn")),), (lucky,))
+    with Journal(tmp_path / "journal", {}) as journal:
+        outcome = run_search(FakeWorkshop(gain=lambda c: 3.0 if c.recipe else 1.0, slow=slow), journal, space=space)
+    assert outcome.winner is not None
+    assert outcome.winner.candidate.serving == Serving()
+    tried = next(a for a in outcome.attempts if a.candidate.serving == lucky)
+    assert len(tried.duel) == 2 * TUNING_ROUNDS
+    assert "not told to be better" in tried.why

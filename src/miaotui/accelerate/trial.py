@@ -66,6 +66,10 @@ class Duel:
     def __len__(self) -> int:
         return len(self.before)
 
+    def since(self, first: int) -> Duel:
+        """Without its first rounds."""
+        return Duel(self.before[first:], self.after[first:], self.others)
+
 
 @dataclass(frozen=True)
 class Confirmation:
