@@ -282,6 +282,12 @@ void record_linear(Program& program, const std::string& name, const Place& in, c
   if ((hands_on || handed) && (!integer || perm)) throw std::invalid_argument("only integer linears hand on");
   if (hands_on && (weights[0]->view.n % 32 != 0 || out.second != weights[0]->view.n))
     throw std::invalid_argument("what is handed on comes in whole groups of 32 columns of one part");
+  if (handed) {
+    auto* before = dynamic_cast<LinearOp*>(program.last());
+    if (!before || !before->hands_on || before->out.width != in.second)
+      throw std::invalid_argument("the op before hands nothing on, or something else");
+    before->next = op.get();
+  }
   program.add(std::move(op));
 }
 

@@ -66,12 +66,14 @@ struct QuantRows {
   int32_t* minus_row = nullptr;  // [M]: -128 * sum of the row's q
   int k_pad = 0;
   int rows = 0;
+  bool totals = true;  // whether total32 is written
+  bool halves = true;  // whether minus16 and total16 are
 
   // The rows that begin at `row`, on a tile's border, as rows of their own.
   QuantRows from(int row, int count) const {
     const size_t r = static_cast<size_t>(row), g = r * static_cast<size_t>(k_pad / 32);
-    return {q + r * k_pad,   scale + g,     minus32 + g, total32 + g, minus16 + 2 * g,
-            total16 + 2 * g, minus_row + r, k_pad,       count};
+    return {q + r * k_pad, scale + g, minus32 + g, total32 + g, minus16 + 2 * g, total16 + 2 * g,
+            minus_row + r, k_pad,     count,       totals,      halves};
   }
   static size_t bytes(int k_pad) { return static_cast<size_t>(k_pad) + static_cast<size_t>(k_pad / 32) * 28 + 4; }
 };
@@ -117,7 +119,8 @@ struct LinearArgs {
   const float* up_bias = nullptr;
   Ahead* ahead = nullptr;                // the calling thread's
   const uint8_t* ahead_codes = nullptr;  // with few rows, what to ask for meanwhile; null: what lies behind the panel
-  Greatest greatest;  // the calling thread's, of these rows; with it, results are looked at on their way out
+  Greatest greatest;           // the calling thread's, of these rows; with it, results are looked at on their way out
+  bool only_greatest = false;  // and go nowhere
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups
 };
 

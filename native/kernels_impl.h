@@ -54,7 +54,7 @@ MIAOTUI_INLINE F16x act_lanes(F16x x, Act act) {
 
 // With few rows a tile waits for memory; it asks for what lies this far ahead in the thread's stream of panels, which
 // the hardware's prefetcher, stopping at every page, does not.
-constexpr size_t kCodesAhead = 8192;
+constexpr size_t kCodesAhead = 4096;
 
 struct IntTile {  // one panel against M rows
   const uint8_t* codes;
@@ -519,7 +519,7 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
     for (int r = 0; r < rows; ++r) {
       F16x y = mul(load(result + r * 16), scale);
       if (e.add) y = add(y, load(e.add + (row0 + r) * e.add_stride + at));
-      store(to + r * stride, y);
+      if (!args.only_greatest) store(to + r * stride, y);
       if (args.greatest.value) note_greatest(args.greatest, row0 + r, panel, y);
     }
     return;
@@ -536,7 +536,7 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
     y = mul(y, scale);
     if (e.add) y = add(y, load_n(e.add + (row0 + r) * e.add_stride + at, n));
     y = soften(y, e.softcap);
-    store_n(to + r * stride, y, n);
+    if (!args.only_greatest) store_n(to + r * stride, y, n);
     if (!args.greatest.value) continue;
     float lanes[16];
     for (float& lane : lanes) lane = -__builtin_inff();
@@ -569,20 +569,34 @@ MIAOTUI_INLINE void round_four(F16x (&a)[4], F16x (&b)[4], float (&most)[4], flo
   reduce_add_four(b[0], b[1], b[2], b[3], high);
 }
 
-// Group g of the row: its codes (as whole floats), whose sums are low and high.
+// Group g of N neighbouring rows from `row` on: their codes (as whole floats), whose sums are low and high.
+template <int N>
+MIAOTUI_INLINE void put_groups(const QuantRows& tile, int g, int m, int row, const float (&most)[N], const F16x (&a)[N],
+                               const F16x (&b)[N], const float (&low)[N], const float (&high)[N]) {
+  const int at = g * m + row, at16 = 2 * g * m + row;
+  float scale[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    store_int8(tile.q + (at + i) * 32, to_int(a[i]));
+    store_int8(tile.q + (at + i) * 32 + 16, to_int(b[i]));
+    scale[i] = most[i] * (1.0f / 127.0f);
+  }
+  for (int i = 0; i < N; ++i) tile.scale[at + i] = scale[i];
+  for (int i = 0; i < N; ++i) tile.minus32[at + i] = -8 * static_cast<int32_t>(low[i] + high[i]);
+  if (tile.totals)
+    for (int i = 0; i < N; ++i) tile.total32[at + i] = scale[i] * (low[i] + high[i]);
+  if (!tile.halves) return;
+  for (int i = 0; i < N; ++i) {
+    tile.minus16[at16 + i] = -8 * static_cast<int32_t>(low[i]);
+    tile.minus16[at16 + m + i] = -8 * static_cast<int32_t>(high[i]);
+    tile.total16[at16 + i] = scale[i] * low[i];
+    tile.total16[at16 + m + i] = scale[i] * high[i];
+  }
+}
+
 MIAOTUI_INLINE void put_group(const QuantRows& tile, int g, int m, int row, float most, F16x a, F16x b, float low,
                               float high) {
-  const int at = g * m + row, at16 = 2 * g * m + row;
-  const float scale = most * (1.0f / 127.0f);
-  store_int8(tile.q + at * 32, to_int(a));
-  store_int8(tile.q + at * 32 + 16, to_int(b));
-  tile.scale[at] = scale;
-  tile.minus32[at] = -8 * static_cast<int32_t>(low + high);
-  tile.total32[at] = scale * (low + high);
-  tile.minus16[at16] = -8 * static_cast<int32_t>(low);
-  tile.minus16[at16 + m] = -8 * static_cast<int32_t>(high);
-  tile.total16[at16] = scale * low;
-  tile.total16[at16 + m] = scale * high;
+  put_groups<1>(tile, g, m, row, {most}, {a}, {b}, {low}, {high});
 }
 
 // Rows of 32 values, side by side, become group `group` of as many rows.
@@ -598,8 +612,7 @@ inline void quantise_columns(const float* values, const QuantRows& to, int group
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) a[i] = load(x + i * 32), b[i] = load(x + i * 32 + 16);
       round_four(a, b, most, low, high);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) put_group(tile, group, M, r + i, most[i], a[i], b[i], low[i], high[i]);
+      put_groups<4>(tile, group, M, r, most, a, b, low, high);
     }
     for (int r = kFours; r < M; ++r, x += 32) {
       F16x a = load(x), b = load(x + 16);

@@ -93,13 +93,12 @@ size_t Program::block_bytes() const {
 int Program::likeliest(int row) const {
   if (!context_.greatest.value || row < 0 || row >= context_.step.rows) return -1;
   float best = -std::numeric_limits<float>::infinity();
-  int column = -1;
+  int column = 0;
   for (int t = 0; t < threads(); ++t) {
     const Greatest mine = context_.greatest_of(t);
     for (int i = row * 16; i < row * 16 + 16; ++i) {
       const int at = static_cast<int>(mine.panel[i]) * kRowsPerPanel + i % 16;
-      if (mine.value[i] > best || (mine.value[i] == best && column >= 0 && at < column))
-        best = mine.value[i], column = at;
+      if (mine.value[i] > best || (mine.value[i] == best && at < column)) best = mine.value[i], column = at;
     }
   }
   return column;

@@ -108,7 +108,8 @@ class Program {
   // The step's arrays stay the caller's; throws std::invalid_argument when it exceeds the limits.
   void run(const StepView& step);
 
-  // The column of the greatest of row `row` of the last run's logits, the first of equals; -1 where that is not known.
+  // The column of the greatest of row `row` of the last run's logits, the first of equals, 0 where none is a number; -1
+  // where that is not known.
   int likeliest(int row) const;
 
   // Room for `blocks` blocks of every layer, zeroed and untouched.

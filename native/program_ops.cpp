@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 namespace miaotui {
 namespace {
@@ -99,7 +100,20 @@ size_t LinearOp::prepared_bytes(int rows) const {
 }
 
 PreparedRows LinearOp::prepared_in(uint8_t* memory, int rows) const {
-  return PreparedRows::in(memory, rows, k_pad(), float_rows(), any_integer(), in.data, in.stride);
+  PreparedRows to = PreparedRows::in(memory, rows, k_pad(), float_rows(), any_integer(), in.data, in.stride);
+  leave_out(to.quant);
+  return to;
+}
+
+PreparedRows LinearOp::handed_in(uint8_t* memory, int rows) const {
+  PreparedRows to = PreparedRows::in(memory, rows, k_pad(), false, true, nullptr, 0);
+  leave_out(to.quant);
+  return to;
+}
+
+void LinearOp::leave_out(QuantRows& rows) const {
+  rows.totals = std::any_of(parts.begin(), parts.end(), [](const Part& p) { return p.weight->has_min; });
+  rows.halves = std::any_of(parts.begin(), parts.end(), [](const Part& p) { return p.weight->fold == 16; });
 }
 
 size_t LinearOp::workspace_bytes(const Limits& limits) const {
@@ -136,6 +150,7 @@ void LinearOp::prepare(const Context& c, const PreparedRows& to, int first, int 
 }
 
 size_t LinearOp::handed_bytes(const Limits& limits) const {
+  if (hands_on && !next) throw std::invalid_argument("no op takes what is handed on");
   const int most = of_logits ? limits.max_rows : limits.max_tokens;
   return hands_on ? PreparedRows::bytes(most, static_cast<int>(out.width), false, true) : 0;
 }
@@ -164,9 +179,9 @@ LinearArgs LinearOp::arguments(const Context& c, const PreparedRows& from, int t
 
 void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, float* scratch) const {
   LinearArgs args = arguments(c, from, thread);
-  const QuantRows next =
-      PreparedRows::in(c.handed, args.rows, static_cast<int>(out.width), false, true, nullptr, 0).quant;
-  if (hands_on) args.handed = &next;
+  QuantRows handed_on;
+  if (hands_on) handed_on = next->handed_in(c.handed, args.rows).quant, args.handed = &handed_on;
+  args.only_greatest = greatest && c.step.greedy;
   if (greatest) std::fill_n(args.greatest.value, args.rows * 16, -std::numeric_limits<float>::infinity());
   int first, last;
   share(c, thread, first, last);
@@ -227,8 +242,7 @@ void LinearOp::run(const Context& c, int phase, int thread) const {
   float* row = reinterpret_cast<float*>(scratch);
   uint8_t* own = scratch + round_up(2 * static_cast<size_t>(k_pad()) * sizeof(float), 64);
   float* kernel_scratch = reinterpret_cast<float*>(own + prepared_bytes(kPreparedByEach));
-  if (handed)
-    return multiply(c, PreparedRows::in(c.handed, count, k_pad(), false, true, nullptr, 0), thread, kernel_scratch);
+  if (handed) return multiply(c, handed_in(c.handed, count), thread, kernel_scratch);
   if (!prepares(c)) return multiply(c, prepared_in(nullptr, 0), thread, kernel_scratch);
   if (count <= kPreparedByEach) {
     const PreparedRows mine = prepared_in(own, count);

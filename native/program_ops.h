@@ -96,7 +96,8 @@ struct LinearOp : Op {
   bool quantised = true;  // integer weights meet int8 activations; false is the exact float32 path
   bool hands_on = false;  // out goes quantised to the next linear, which takes it `handed`
   bool handed = false;
-  bool greatest = false;  // each row's is noted
+  const LinearOp* next = nullptr;  // where hands_on goes
+  bool greatest = false;           // each row's is noted
 
  protected:
   int rows(const Context& c) const { return of_logits ? c.step.rows : c.step.tokens; }
@@ -109,6 +110,8 @@ struct LinearOp : Op {
   const Weight& weight_of(const Context& c, const Part& part) const { return wide(c) ? *part.wide : *part.weight; }
   int k_pad() const { return parts[0].weight->k_pad; }
   PreparedRows prepared_in(uint8_t* memory, int rows) const;
+  PreparedRows handed_in(uint8_t* memory, int rows) const;  // what the linear before hands to this one
+  void leave_out(QuantRows& rows) const;                    // the sums that none of its weights asks for
   size_t prepared_bytes(int rows) const;
   void prepare(const Context& c, const PreparedRows& to, int first, int last, float* rows) const;
   LinearArgs arguments(const Context& c, const PreparedRows& from, int thread) const;

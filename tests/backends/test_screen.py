@@ -147,12 +147,19 @@ def test_little_of_the_head_is_read(count: int) -> None:
     assert executor.greedy_bytes < 0.75 * executor.weight_bytes
 
 
-def test_more_rows_are_computed_whole() -> None:
-    rows, inputs = skewed(600, 256, seed=2)
-    executor = executor_of(head_of("float32", rows), inputs)
-    for greedy in (False, True):
-        executor._logits[:] = np.nan
-        assert np.isfinite(run(executor, list(range(FEW_ROWS + 1)), greedy=greedy)[0]).all()
+@pytest.mark.parametrize("kind", ["int8 in groups", "int8 in rows", "float32"])
+@pytest.mark.parametrize("height", [600, 1024])
+def test_more_rows_are_only_looked_at(kind: str, height: int) -> None:
+    """Their logits are computed whole, and of a greedy step not written."""
+    rows, inputs = skewed(height, 256, seed=2)
+    executor = executor_of(head_of(kind, rows), inputs)
+    tokens = list(range(FEW_ROWS + 1))
+    logits, wanted = run(executor, tokens, greedy=False)
+    assert wanted == logits.argmax(axis=1).tolist()
+    executor._logits[:] = np.nan
+    logits, found = run(executor, tokens, greedy=True)
+    assert found == wanted
+    assert np.isnan(logits).all()
 
 
 @pytest.mark.parametrize("kind", ["int8 in groups", "float32"])
@@ -168,15 +175,13 @@ def test_the_first_of_equals(kind: str) -> None:
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_an_input_that_says_nothing(value: float) -> None:
-    """All logits alike: the first. Not a number: what the whole head says, for which all of it is there."""
+    """All logits alike, or not numbers: the first."""
     rows, inputs = skewed(320, 256, seed=4)
     inputs[0] = value
     executor = executor_of(head_of("int8 in groups", rows), inputs)
-    _, wanted = run(executor, [0], greedy=False)
-    executor._logits[:] = 7.0
-    logits, found = run(executor, [0], greedy=True)
-    assert found == wanted == ([0] if value == 0.0 else None)
-    assert value == 0.0 or np.isnan(logits).all()
+    for tokens in ([0], [0] * (FEW_ROWS + 1)):
+        for greedy in (False, True):
+            assert run(executor, tokens, greedy=greedy)[1] == [0] * len(tokens)
 
 
 def test_a_screen_that_does_not_pay_rests() -> None:
