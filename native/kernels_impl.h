@@ -83,23 +83,34 @@ MIAOTUI_INLINE void take_later(Tile& tile, Ahead* ahead, int k_pad) {
   tile.later_lines = tile.later ? (ahead->lines * 32 + k_pad - 1) / k_pad : 0;
 }
 
-template <Code CODE, int FOLD, int M>
-MIAOTUI_INLINE void dot_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a) {
-  constexpr int step = CODE == Code::INT4 ? 8 : 4;
+// The sums of a fold. With few rows each is two chains, so that no product waits for the one before; INT4's second
+// takes high nibbles where they are, 16 times as large.
+template <Code CODE, int FOLD, int C, int M>
+MIAOTUI_INLINE void dot_fold(I16x (&sum)[C][M], const uint8_t* codes, const int8_t* a) {
+  constexpr bool kInt4 = CODE == Code::INT4;
+  constexpr int step = kInt4 ? 8 : 4;
+#pragma GCC unroll 2
+  for (int c = 1; c < C; ++c)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[c][m] = isplat(0);
 #pragma GCC unroll 8
   for (int k = 0; k < FOLD; k += step) {
     Bytes w = load_bytes(codes + k / step * 64);
-    if constexpr (CODE == Code::INT4) {
-      Bytes low = low_nibbles(w), high = high_nibbles(w);
+    if constexpr (kInt4) {
+      Bytes low = low_nibbles(w), high = C == 2 ? high_nibbles_there(w) : high_nibbles(w);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], low, a + m * 32 + k);
+      for (int m = 0; m < M; ++m) sum[0][m] = dot4<false>(sum[0][m], low, a + m * 32 + k);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<false>(sum[m], high, a + m * 32 + k + 4);
+      for (int m = 0; m < M; ++m) sum[C - 1][m] = dot4<C == 2>(sum[C - 1][m], high, a + m * 32 + k + 4);
     } else {
+      I16x(&chain)[M] = sum[k / 4 % C];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m] = dot4<true>(sum[m], w, a + m * 32 + k);
+      for (int m = 0; m < M; ++m) chain[m] = dot4<true>(chain[m], w, a + m * 32 + k);
     }
   }
+  if constexpr (C == 2)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[0][m] = iadd(sum[0][m], kInt4 ? shift_right<4>(sum[1][m]) : sum[1][m]);
 }
 
 // The sum over (code - zero) comes out by itself when the accumulator starts at -zero * sum(a): the rows keep -8 times
@@ -121,13 +132,13 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   for (int m = 0; m < M; ++m) acc[m] = zero();
   int left = per_group;
   for (int f = 0; f < folds; ++f) {
-    I16x sum[M];
+    I16x sum[M <= kChainedRows ? 2 : 1][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      sum[m] = MIN ? isplat(0) : isplat_at(minus + m);
-      if constexpr (!MIN && CODE == Code::INT8) sum[m] = shift_left<4>(sum[m]);
+      sum[0][m] = MIN ? isplat(0) : isplat_at(minus + m);
+      if constexpr (!MIN && CODE == Code::INT8) sum[0][m] = shift_left<4>(sum[0][m]);
     }
-    dot_fold<CODE, FOLD, M>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
+    dot_fold<CODE, FOLD>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
     if constexpr (M <= kStreamingRows) {
 #pragma GCC unroll 8
       for (size_t i = 0; i < code_step; i += 64) prefetch(stream + i);
@@ -140,7 +151,7 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
     }
     const F16x scale = load_scale(scales, type);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[m]), mul(scale, splat(a_scale[m])), acc[m]);
+    for (int m = 0; m < M; ++m) acc[m] = fma(to_float(sum[0][m]), mul(scale, splat(a_scale[m])), acc[m]);
     if constexpr (MIN) {
       const F16x minimum = load_scale(mins, type);
 #pragma GCC unroll 16

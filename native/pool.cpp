@@ -47,14 +47,14 @@ constexpr auto kSpin = std::chrono::microseconds(300);
 // A few microseconds, the unevenness of shares; a thread that waits longer may be keeping its partner off the core.
 constexpr int kSpinsBeforeYield = 128;
 
-inline void wait_a_little(int round) {
+}  // namespace
+
+void Pool::wait_a_little(int round) {
   if (round < kSpinsBeforeYield)
     relax();
   else
     std::this_thread::yield();
 }
-
-}  // namespace
 
 Pool::Pool(int threads, const std::vector<int>& cpus)
     : threads_(threads < 1 ? 1 : threads), process_(current_process()) {
@@ -117,22 +117,6 @@ void Pool::run(void (*job)(void*, int), void* context) {
   }
   job(context, 0);
   barrier();
-}
-
-void Pool::barrier() {
-  if (threads_ == 1) return;
-  const uint64_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  for (int i = 0; generation_.load(std::memory_order_acquire) == generation; ++i) {
-    if (i < kSpinsBeforeYield)
-      relax();
-    else
-      std::this_thread::yield();
-  }
 }
 
 }  // namespace miaotui

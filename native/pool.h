@@ -25,7 +25,23 @@ class Pool {
   void run(void (*job)(void*, int), void* context);
 
   // Inside a job: returns when every thread has arrived.
-  void barrier();
+  void barrier() {
+    barrier([] { return false; });
+  }
+
+  // Meanwhile what there is to do, piece by piece: `meanwhile` returns false when there is nothing left.
+  template <typename F>
+  void barrier(F&& meanwhile) {
+    if (threads_ == 1) return;
+    const uint64_t generation = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int i = 0; generation_.load(std::memory_order_acquire) == generation;)
+      if (!meanwhile()) wait_a_little(i++);
+  }
 
   template <typename F>
   void each(F&& f) {  // f(thread)
@@ -33,6 +49,7 @@ class Pool {
   }
 
  private:
+  static void wait_a_little(int round);
   void worker(int thread, int cpu);
   bool wait_for_work(uint64_t seen);
 

@@ -178,21 +178,30 @@ void Program::look_ahead() {
   }
 }
 
+// A thread that waits at a barrier asks for what it will read of the next linear's weights: with few rows they are the
+// step's time, and a wait is lost to the memory otherwise.
 void Program::replay(int thread) {
+  constexpr size_t kAskedAtOnce = 1 << 10, kMostAsked = 128 << 10;  // of the second-level cache
   using Clock = std::chrono::steady_clock;
   const bool timed = profiling_ && thread == 0;
   Ahead& ahead = ahead_[static_cast<size_t>(thread)];
   ahead.base = nullptr, ahead.next = ahead.count;
+  const Op* next = nullptr;
+  size_t asked = 0;  // bytes of its share
   auto begin = timed ? Clock::now() : Clock::time_point();
   for (size_t i = 0; i < ops_.size(); ++i) {
     const Op& op = *ops_[i];
     const uint8_t* cache = next_cache_[i] ? next_cache_[i]->base : nullptr;
     if (cache != ahead.base) ahead.base = cache, ahead.next = cache ? 0 : ahead.count;
     const int phases = op.phases(context_);
+    if (next_linear_[i] != next) next = next_linear_[i], asked = 0;
+    auto ask = [&] {
+      const size_t from = asked;
+      return next && from < kMostAsked && next->prefetch(context_, thread, from, asked += kAskedAtOnce);
+    };
     for (int phase = 0; phase < phases; ++phase) {
       op.run(context_, phase, thread);
-      if (phase + 1 == phases && next_linear_[i]) next_linear_[i]->prefetch(context_, thread);
-      if (phase + 1 < phases || op.barrier) pool_->barrier();
+      if (phase + 1 < phases || op.barrier) pool_->barrier(ask);
     }
     if (timed) {
       const auto now = Clock::now();

@@ -48,8 +48,9 @@ class Op {
   // Phases of this step, with a barrier between them. The same answer on every thread.
   virtual int phases(const Context&) const { return 1; }
   virtual void run(const Context& context, int phase, int thread) const = 0;
-  // Starts to bring what this op will read first towards the thread that will read it.
-  virtual void prefetch(const Context&, int) const {}
+  // Asks for the bytes [from, to) of what this op will read, in its order, for the thread that will read them; false
+  // where there are none.
+  virtual bool prefetch(const Context&, int, size_t, size_t) const { return false; }
   virtual size_t workspace_bytes(const Limits&) const { return 0; }
   virtual size_t handed_bytes(const Limits&) const { return 0; }
   virtual size_t scratch_bytes() const { return 0; }

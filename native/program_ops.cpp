@@ -214,26 +214,40 @@ void LinearOp::multiply(const Context& c, LinearArgs& args, int first, int last,
   }
 }
 
-void LinearOp::prefetch(const Context& c, int thread) const {
-  if (c.step.tokens > kPreparedByEach) return;
+bool ask_for(const Weight& w, int first, int last, size_t from, size_t to) {
+  if (first >= last) return false;
+  const size_t bytes = static_cast<size_t>(last - first) * w.panel_bytes, end = std::min(to, bytes);
+  const uint8_t* codes = w.codes + static_cast<size_t>(first) * w.panel_bytes;
+  for (size_t i = from; i < end; i += 64) __builtin_prefetch(codes + i, 0, 2);
+  const size_t scales = static_cast<size_t>(first) * w.panel_scale_bytes;
+  for (size_t i = from * w.panel_scale_bytes / w.panel_bytes / 64 * 64; i < end * w.panel_scale_bytes / w.panel_bytes;
+       i += 64) {
+    __builtin_prefetch(w.scales + scales + i, 0, 2);
+    if (w.has_min) __builtin_prefetch(w.mins + scales + i, 0, 2);
+  }
+  return from < bytes;
+}
+
+bool LinearOp::prefetch(const Context& c, int thread, size_t from, size_t to) const {
+  if (c.step.tokens > kPreparedByEach) return false;
   int first, last, begin = 0;
   share(c, thread, first, last);
+  bool any = false;
+  if (gated) {  // of the gate's, and as much of the up's
+    for (const Part& part : parts) any |= ask_for(*part.weight, first, last, from / 2, to / 2);
+    return any;
+  }
   for (const Part& part : parts) {
     const Weight& w = *part.weight;
-    if (gated) begin = 0;
-    if (first >= begin && first < begin + w.panels) {
-      const size_t panel = static_cast<size_t>(first - begin), there = static_cast<size_t>(w.panels) - panel;
-      const size_t bytes = std::min(there * w.panel_bytes, kAhead);
-      const uint8_t* codes = w.codes + panel * w.panel_bytes;
-      for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
-      const size_t scales = std::min(there * w.panel_scale_bytes, kAhead / 8);
-      for (size_t i = 0; i < scales; i += 64) {
-        __builtin_prefetch(w.scales + panel * w.panel_scale_bytes + i, 0, 2);
-        if (w.has_min) __builtin_prefetch(w.mins + panel * w.panel_scale_bytes + i, 0, 2);
-      }
-    }
+    const int first_panel = std::max(first - begin, 0), last_panel = std::min(last - begin, w.panels);
     begin += w.panels;
+    if (first_panel >= last_panel) continue;
+    any |= ask_for(w, first_panel, last_panel, from, to);
+    const size_t bytes = static_cast<size_t>(last_panel - first_panel) * w.panel_bytes;
+    if (to <= bytes) break;
+    from = from > bytes ? from - bytes : 0, to -= bytes;
   }
+  return any;
 }
 
 void LinearOp::run(const Context& c, int phase, int thread) const {

@@ -13,8 +13,9 @@ constexpr int kPreparedByEach = kStreamingRows;
 // From so many rows on a linear multiplies the recoded weights, if it has them.
 constexpr int kWideFrom = 16;
 
-// Bytes of a linear's weights that each thread asks for ahead, when few rows make the step wait for memory.
-constexpr size_t kAhead = 32 << 10;
+// Asks for the bytes [from, to) of the codes of panels [first, last), and the scales that go with them; false where
+// there are none.
+bool ask_for(const Weight& w, int first, int last, size_t from, size_t to);
 
 // Input rows in the forms that kernels read: float32 padded to k_pad, quantised, or both.
 struct PreparedRows {
@@ -79,7 +80,7 @@ struct LinearOp : Op {
   LinearOp() : Op("linear") {}
   int phases(const Context& c) const override { return prepares(c) && rows(c) > kPreparedByEach ? 2 : 1; }
   void run(const Context& c, int phase, int thread) const override;
-  void prefetch(const Context& c, int thread) const override;
+  bool prefetch(const Context& c, int thread, size_t from, size_t to) const override;
   bool streams_weights() const override { return true; }
   bool note_greatest() override { return greatest = of_logits && !gated && parts.size() == 1; }
   size_t workspace_bytes(const Limits& limits) const override;

@@ -235,6 +235,13 @@ void ScreenedOp::run(const Context& c, int phase, int thread) const {
   return phase == 0 ? bound(c, own, shared, thread) : settle(c, own, shared, thread);
 }
 
+bool ScreenedOp::prefetch(const Context& c, int thread, size_t from, size_t to) const {
+  if (!screens(c) || c.step.tokens > kPreparedByEach) return LinearOp::prefetch(c, thread, from, to);
+  int first, last;
+  share_of(head().panels, thread, c.threads, first, last);
+  return ask_for(screen->coarse.view, first, last, from, to);
+}
+
 // Where bounds let too many panels through, as where all logits are alike, the head is read as ever for a while.
 void ScreenedOp::after(const Context& c) {
   if (resting_) {

@@ -2,6 +2,7 @@
 
 constexpr int kMaxTile = 3;
 constexpr int kWideRows = kMaxTile, kWidePanels = 1;
+constexpr int kChainedRows = 0;
 
 struct F16x {
   __m256 a, b;
@@ -101,6 +102,10 @@ template <int N>
 MIAOTUI_INLINE I16x shift_left(I16x x) {
   return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
 }
+template <int N>
+MIAOTUI_INLINE I16x shift_right(I16x x) {
+  return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+}
 MIAOTUI_INLINE void store_int8(int8_t* p, I16x x) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
   __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -112,6 +117,10 @@ MIAOTUI_INLINE Bytes load_bytes(const uint8_t* p) {
 }
 MIAOTUI_INLINE Bytes low_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+MIAOTUI_INLINE Bytes high_nibbles_there(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(static_cast<char>(0xF0));
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 MIAOTUI_INLINE Bytes high_nibbles(Bytes x) {

@@ -2,6 +2,7 @@
 
 constexpr int kMaxTile = 12;
 constexpr int kWideRows = 6, kWidePanels = 2;  // of a tile whose integers are seldom folded
+constexpr int kChainedRows = 2;                // so few rows leave registers for two sums each
 
 using F16x = __m512;
 using I16x = __m512i;
@@ -92,11 +93,23 @@ template <int N>
 MIAOTUI_INLINE I16x shift_left(I16x a) {
   return _mm512_slli_epi32(a, N);
 }
+template <int N>
+MIAOTUI_INLINE I16x shift_right(I16x a) {
+  return _mm512_srai_epi32(a, N);
+}
 MIAOTUI_INLINE void store_int8(int8_t* p, I16x a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
-MIAOTUI_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// Once: the compiler would load them for each half of the bytes.
+MIAOTUI_INLINE Bytes load_bytes(const uint8_t* p) {
+  Bytes r = _mm512_loadu_si512(p);
+  __asm__("" : "+v"(r));
+  return r;
+}
 MIAOTUI_INLINE Bytes low_nibbles(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+MIAOTUI_INLINE Bytes high_nibbles_there(Bytes a) {
+  return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(0xF0)));
+}
 MIAOTUI_INLINE Bytes high_nibbles(Bytes a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 // Issued directly: left to itself the compiler splits the broadcast from the product and spills the tile.
 template <bool WIDE>

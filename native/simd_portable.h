@@ -3,6 +3,7 @@
 
 constexpr int kMaxTile = 2;
 constexpr int kWideRows = kMaxTile, kWidePanels = 1;
+constexpr int kChainedRows = 2;  // integer sums of so few rows are two
 
 struct F16x {  // sixteen float32 lanes
   float v[16];
@@ -137,6 +138,11 @@ inline I16x shift_left(I16x a) {
   MIAOTUI_LANES a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N);
   return a;
 }
+template <int N>
+inline I16x shift_right(I16x a) {
+  MIAOTUI_LANES a.v[i] >>= N;
+  return a;
+}
 inline void store_int8(int8_t* p, I16x a) { MIAOTUI_LANES p[i] = static_cast<int8_t>(a.v[i]); }
 
 inline Bytes load_bytes(const uint8_t* p) {
@@ -146,6 +152,11 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 inline Bytes low_nibbles(Bytes a) {
   for (int i = 0; i < 64; ++i) a.v[i] &= 15;
+  return a;
+}
+// Where they are: 16 times as large.
+inline Bytes high_nibbles_there(Bytes a) {
+  for (int i = 0; i < 64; ++i) a.v[i] &= 0xF0;
   return a;
 }
 inline Bytes high_nibbles(Bytes a) {
