@@ -525,7 +525,13 @@ inline void finish(const LinearArgs& args, int panel, int row0, int rows, const 
                    float* to, size_t stride) {
   const Epilogue& e = args.epilogue;
   const int at = panel * kRowsPerPanel, left = args.weight->n - at, n = left < 16 ? left : 16;
-  if (n == 16 && !up && !e.bias && e.softcap == 0.0f && args.act == Act::None) {  // most of the time
+  const bool bare = n == 16 && !e.bias && e.softcap == 0.0f;  // most of the time
+  if (bare && up && args.act == Act::Silu && !args.up_bias && !e.add && e.scale == 1.0f && !args.greatest.value) {
+    for (int r = 0; r < rows; ++r)
+      store(to + r * stride, mul(act_lanes(load(result + r * 16), Act::Silu), load(up + r * 16)));
+    return;
+  }
+  if (bare && !up && args.act == Act::None) {
     const F16x scale = splat(e.scale);
     for (int r = 0; r < rows; ++r) {
       F16x y = mul(load(result + r * 16), scale);
