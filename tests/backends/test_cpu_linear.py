@@ -213,3 +213,13 @@ def test_gguf_blocks_go_to_panels_bit_for_bit() -> None:
             raw[:, :, 2:4] = rng.standard_normal((21, 3, 1)).astype(np.float16).view(np.uint8)
         tensor = BlockTensor(kind, raw.reshape(21, -1), (21, 96))
         assert np.array_equal(packed(tensor).packed.dequantise(), tensor.dense32()), kind
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"), [({"hands_on": True}, "no op takes"), ({"handed": True}, "the op before hands nothing on")]
+)
+def test_what_is_handed_on_has_two_sides(options: dict[str, bool], wrong: str) -> None:
+    rng = np.random.default_rng(4)
+    weight, x = packed(stored("w4g32", 64, 64, rng)), rng.standard_normal((3, 64)).astype(np.float32)
+    with pytest.raises(ValueError, match=wrong):
+        LinearProgram(ISAS[0], x, weight, **options)
