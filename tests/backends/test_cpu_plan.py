@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from miaotui.backends.cpu import CpuBackend, _native
 from miaotui.backends.cpu.nodes import LinearNode, SelectNode, Value
@@ -85,33 +86,60 @@ def test_recoding_needs_memory_for_a_second_copy(monkeypatch: pytest.MonkeyPatch
             backend.record(lambda ops, table=table, weight=weight: ops.linear(ops.embed(table), weight))
 
 
+def random_grouped(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    bits: int,
+    group: int | None,
+    *,
+    symmetric: bool = True,
+    by_token: bool = False,
+) -> GroupedTensor:
+    codes = rng.integers(0, 1 << bits, (height, width), dtype=np.uint8)
+    scale = np.full((height, width // (group or width)), 0.01, np.float32)
+    minimum = None if symmetric else np.full_like(scale, -0.0625)
+    return GroupedTensor(QuantScheme(bits, group, symmetric, "float16"), codes, scale, minimum, by_token=by_token)
+
+
+def mlp(
+    isa: str, compute: ComputeType, gate_up: list[GroupedTensor], down: GroupedTensor, count: int, *, fuse: bool
+) -> NDArray[np.float32]:
+    """What a gated MLP makes of so many rows."""
+    shape = StepShape(max_tokens=24, max_seqs=1, max_logits_rows=24, max_model_len=32)
+    backend = CpuBackend(shape, CacheSpec(), compute=compute, isa=isa, threads=2, fuse=fuse)
+    ops = backend.ops
+    table = DenseTensor("float32", np.random.default_rng(1).random((24, 64), np.float32))
+    both, one, embedding = ops.prepare_linear(gate_up), ops.prepare_linear([down]), ops.prepare_embedding(table)
+    executor = backend.record(lambda o: o.linear(o.gated(o.linear(o.embed(embedding), both), "silu"), one))
+    executor.allocate_cache(2)
+    ids = np.arange(count, dtype=np.int32)
+    ends, rows = np.array([0, count], np.int32), np.array([count], np.int32)
+    return executor.run(Step(ids, ids, ends, rows, np.zeros((1, 2), np.int32), ids)).copy()
+
+
 @pytest.mark.parametrize("compute", ["auto", "int8-batch"])
 @pytest.mark.parametrize("isa", _native.isas())
 def test_a_linear_whose_input_is_coded_by_token_may_feed_one_whose_is_not(isa: str, compute: ComputeType) -> None:
     rng = np.random.default_rng(0)
-
-    def tensor(height: int, width: int, group: int | None, *, by_token: bool) -> GroupedTensor:
-        bits = 8 if by_token else 4
-        codes = rng.integers(0, 1 << bits, (height, width), dtype=np.uint8)
-        scale = np.full((height, width // (group or width)), 0.01, np.float32)
-        return GroupedTensor(QuantScheme(bits, group, True, "float16"), codes, scale, None, by_token=by_token)
-
-    gate, up = (tensor(96, 64, None, by_token=True) for _ in range(2))
-    down, table = tensor(64, 96, 32, by_token=False), DenseTensor("float32", rng.random((24, 64), np.float32))
-    results = []
-    for fuse in (True, False):
-        shape = StepShape(max_tokens=24, max_seqs=1, max_logits_rows=24, max_model_len=32)
-        backend = CpuBackend(shape, CacheSpec(), compute=compute, isa=isa, threads=2, fuse=fuse)
-        ops = backend.ops
-        both, one, embedding = ops.prepare_linear([gate, up]), ops.prepare_linear([down]), ops.prepare_embedding(table)
-        executor = backend.record(
-            lambda o, e=embedding, b=both, d=one: o.linear(o.gated(o.linear(o.embed(e), b), "silu"), d)
-        )
-        executor.allocate_cache(2)
-        ids = np.arange(24, dtype=np.int32)
-        ends, rows = np.array([0, 24], np.int32), np.array([24], np.int32)
-        results.append(executor.run(Step(ids, ids, ends, rows, np.zeros((1, 2), np.int32), ids)).copy())
+    gate_up = [random_grouped(rng, 96, 64, 8, None, by_token=True) for _ in range(2)]
+    down = random_grouped(rng, 64, 96, 4, 32)
+    results = [mlp(isa, compute, gate_up, down, 24, fuse=fuse) for fuse in (True, False)]
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("isa", _native.isas())
+def test_what_is_handed_on_has_the_sums_that_its_weights_ask_for(isa: str, group: int, symmetric: bool) -> None:
+    """Those of 16 for groups of 16, totals for minima: few rows and many."""
+    rng = np.random.default_rng(group)
+    gate_up = [random_grouped(rng, 96, 64, 4, 32) for _ in range(2)]
+    down = random_grouped(rng, 64, 96, 4, group, symmetric=symmetric)
+    for count in (1, 3, 24):
+        handed, apart = (mlp(isa, "auto", gate_up, down, count, fuse=fuse) for fuse in (True, False))
+        assert np.abs(apart).max() > 0.0
+        assert np.array_equal(handed, apart)
 
 
 @pytest.mark.parametrize("compute", ["auto", "fp32", "int8-batch"])
