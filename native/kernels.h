@@ -117,8 +117,8 @@ struct LinearArgs {
   QuantRows quant;
   Epilogue epilogue;
   const float* up_bias = nullptr;
-  Ahead* ahead = nullptr;                // the calling thread's
-  const uint8_t* ahead_codes = nullptr;  // with few rows, what to ask for meanwhile; null: what lies behind the panel
+  Ahead* ahead = nullptr;      // the calling thread's
+  int next_panel = -1;         // with few rows, what to ask for meanwhile; -1: what lies behind the panel
   Greatest greatest;           // the calling thread's, of these rows; with it, results are looked at on their way out
   bool only_greatest = false;  // and go nowhere
   const QuantRows* handed = nullptr;  // with it, results go there, quantised, and panels are asked for by whole groups

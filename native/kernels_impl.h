@@ -65,7 +65,8 @@ struct IntTile {  // one panel against M rows
   int ahead_lines;       // so many lines for each fold of 32 inputs
   const uint8_t* later;  // the same of a later op's memory
   int later_lines;
-  const uint8_t* stream;  // what a tile of few rows asks for meanwhile, as much as a panel
+  size_t codes_ahead;  // how far ahead lies what a tile of few rows asks for meanwhile, modulo 2^64
+  size_t scales_ahead;
 };
 
 MIAOTUI_INLINE void prefetch_lines(const uint8_t*& ahead, int lines) {
@@ -126,7 +127,7 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   const float* a_scale = rows.scale;
   const ScaleType type = w.scale_type;
   const uint8_t *codes = tile.codes, *scales = tile.scales, *mins = tile.mins, *ahead = tile.ahead, *later = tile.later;
-  const uint8_t* stream = tile.stream;
+  const size_t codes_ahead = tile.codes_ahead, scales_ahead = tile.scales_ahead;
   F16x acc[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) acc[m] = zero();
@@ -141,10 +142,9 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
     dot_fold<CODE, FOLD>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
     if constexpr (M <= kStreamingRows) {
 #pragma GCC unroll 8
-      for (size_t i = 0; i < code_step; i += 64) prefetch(stream + i);
-      stream += code_step;
-      prefetch(scales + kCodesAhead / 8);
-      if constexpr (MIN) prefetch(mins + kCodesAhead / 8);
+      for (size_t i = 0; i < code_step; i += 64) prefetch(codes + codes_ahead + i);
+      prefetch(scales + scales_ahead);
+      if constexpr (MIN) prefetch(mins + scales_ahead);
     } else {
       prefetch_lines(ahead, tile.ahead_lines);
       prefetch_far_lines(later, tile.later_lines);
@@ -171,7 +171,7 @@ template <int M>
 __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& rows, float* out) {
   constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : 2;
   const Weight& w = *tile.weight;
-  const uint8_t *codes = tile.codes, *stream = tile.stream;
+  const uint8_t *codes = tile.codes, *stream = codes + tile.codes_ahead;
   const int8_t* a = rows.q;
   I16x sum[kSums][M];
 #pragma GCC unroll 8
@@ -263,7 +263,8 @@ inline void int_panel(const LinearArgs& args, const Weight& w, int panel, const 
                tiles ? lines / tiles : 0,
                nullptr,
                0,
-               args.ahead_codes ? args.ahead_codes : codes + kCodesAhead};
+               args.next_panel < 0 ? kCodesAhead : (args.next_panel - panel) * w.panel_bytes,
+               args.next_panel < 0 ? kCodesAhead / 8 : (args.next_panel - panel) * w.panel_scale_bytes};
   for_tiles(count, [&](auto m, int r) {
     if (!tile.ahead_lines && decltype(m)::value > kStreamingRows) take_later(tile, args.ahead, w.k_pad);
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);

@@ -158,8 +158,7 @@ void ScreenedOp::lift(const Context& c, const Own& own, int row) const {
 void ScreenedOp::multiply_noted(const Context& c, const Own& own, int thread, int count) const {
   LinearArgs args = arguments(c, own.exact, thread);
   for (int i = 0; i < count; ++i) {
-    const int next = own.noted[i + 1 < count ? i + 1 : i];
-    args.ahead_codes = head().codes + static_cast<size_t>(next) * head().panel_bytes;
+    args.next_panel = own.noted[i + 1 < count ? i + 1 : i];
     multiply(c, args, own.noted[i], own.noted[i] + 1, own.kernel);
   }
 }
@@ -205,7 +204,8 @@ void ScreenedOp::bound(const Context& c, const Own& own, const Shared& shared, i
     shared.best[thread * kScreenedRows + row] = *std::max_element(found.value + row * 16, found.value + row * 16 + 16);
 }
 
-// The logits of every other panel where some bound is not below the best of all threads. A NaN is below nothing.
+// The logits of every other panel where some bound is not below the best of all threads. A NaN is below nothing. Panels
+// go to the threads in turn: those of frequent tokens, which stand together, are wanted more often.
 void ScreenedOp::settle(const Context& c, const Own& own, const Shared& shared, int thread) const {
   const int count = rows(c);
   float least[kScreenedRows];
@@ -214,13 +214,12 @@ void ScreenedOp::settle(const Context& c, const Own& own, const Shared& shared, 
     for (int t = 1; t < c.threads; ++t) best = std::max(best, shared.best[t * kScreenedRows + row]);
     least[row] = best - own.moved[row] - own.slack[row];
   }
-  int first, last, noted = 0;
-  share_of(head().panels, thread, c.threads, first, last);
-  for (int panel = first; panel < last; ++panel) {
-    bool may = false;
+  int noted = 0;
+  for (int panel = thread; panel < head().panels; panel += c.threads) {
+    int may = 0;
     for (int row = 0; row < count; ++row) {
       const float* bounds = shared.bounds + row * shared.stride + panel * kRowsPerPanel;
-      for (int i = 0; i < kRowsPerPanel; ++i) may |= !(bounds[i] < least[row]);
+      for (int i = 0; i < kRowsPerPanel; ++i) may += !(bounds[i] < least[row]);
     }
     if (may && !shared.known[panel]) own.noted[noted++] = panel;
   }
