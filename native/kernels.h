@@ -175,6 +175,7 @@ inline size_t linear_scratch_bytes(int k_pad) {
 const Kernels* kernels_portable();
 #ifdef MIAOTUI_X86
 const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
 #endif
 

@@ -65,7 +65,8 @@ struct IntTile {  // one panel against M rows
   int ahead_lines;       // so many lines for each fold of 32 inputs
   const uint8_t* later;  // the same of a later op's memory
   int later_lines;
-  size_t codes_ahead;  // how far ahead lies what a tile of few rows asks for meanwhile, modulo 2^64
+  bool streams;        // with few rows in all a tile asks for
+  size_t codes_ahead;  // what lies so far ahead, modulo 2^64
   size_t scales_ahead;
 };
 
@@ -84,12 +85,36 @@ MIAOTUI_INLINE void take_later(Tile& tile, Ahead* ahead, int k_pad) {
   tile.later_lines = tile.later ? (ahead->lines * 32 + k_pad - 1) / k_pad : 0;
 }
 
+#ifdef MIAOTUI_SHORT_SUMS
+// A fold of nibbles, summed in sixteen bits first.
+template <int FOLD, int M>
+MIAOTUI_INLINE void short_fold(I16x (&sum)[M], const uint8_t* codes, const int8_t* a) {
+  ShortSums pairs[M];
+#pragma GCC unroll 8
+  for (int k = 0; k < FOLD; k += 8) {
+    const Bytes w = load_bytes(codes + k * 8), low = low_nibbles(w), high = high_nibbles(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Spread x = spread(a + m * 32 + k);
+      pairs[m] = k ? short_dot(pairs[m], low, x) : short_dot(low, x);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) pairs[m] = short_dot(pairs[m], high, spread(a + m * 32 + k + 4));
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m] = iadd(sum[m], pairs[m]);
+}
+#endif
+
 // The sums of a fold. With few rows each is two chains, so that no product waits for the one before; INT4's second
 // takes high nibbles where they are, 16 times as large.
 template <Code CODE, int FOLD, int C, int M>
 MIAOTUI_INLINE void dot_fold(I16x (&sum)[C][M], const uint8_t* codes, const int8_t* a) {
   constexpr bool kInt4 = CODE == Code::INT4;
   constexpr int step = kInt4 ? 8 : 4;
+#ifdef MIAOTUI_SHORT_SUMS
+  if constexpr (kInt4) return short_fold<FOLD>(sum[0], codes, a);
+#endif
 #pragma GCC unroll 2
   for (int c = 1; c < C; ++c)
 #pragma GCC unroll 16
@@ -100,13 +125,13 @@ MIAOTUI_INLINE void dot_fold(I16x (&sum)[C][M], const uint8_t* codes, const int8
     if constexpr (kInt4) {
       Bytes low = low_nibbles(w), high = C == 2 ? high_nibbles_there(w) : high_nibbles(w);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[0][m] = dot4<false>(sum[0][m], low, a + m * 32 + k);
+      for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], low, a + m * 32 + k);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[C - 1][m] = dot4<C == 2>(sum[C - 1][m], high, a + m * 32 + k + 4);
+      for (int m = 0; m < M; ++m) sum[C - 1][m] = dot4(sum[C - 1][m], high, a + m * 32 + k + 4);
     } else {
       I16x(&chain)[M] = sum[k / 4 % C];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) chain[m] = dot4<true>(chain[m], w, a + m * 32 + k);
+      for (int m = 0; m < M; ++m) chain[m] = dot4(chain[m], w, a + m * 32 + k);
     }
   }
   if constexpr (C == 2)
@@ -114,8 +139,16 @@ MIAOTUI_INLINE void dot_fold(I16x (&sum)[C][M], const uint8_t* codes, const int8
     for (int m = 0; m < M; ++m) sum[0][m] = iadd(sum[0][m], kInt4 ? shift_right<4>(sum[1][m]) : sum[1][m]);
 }
 
-// The sum over (code - zero) comes out by itself when the accumulator starts at -zero * sum(a): the rows keep -8 times
-// their sums, for the zero of INT4; that of INT8 is 16 times as large.
+// What a sum over codes starts at. Without a minimum it is to be one over code - zero, so -zero * sum(a); the rows keep
+// -8 times their sums, for the zero of INT4. That of INT8 is 16 times as large, and where codes are centred it is in
+// each product already: then a sum with a minimum lacks it.
+template <Code CODE, bool MIN>
+MIAOTUI_INLINE I16x start_of(const int32_t* minus) {
+  if constexpr (CODE == Code::INT4) return MIN ? isplat(0) : isplat_at(minus);
+  if constexpr (kCentred) return MIN ? isplat(-16 * *minus) : isplat(0);
+  return MIN ? isplat(0) : shift_left<4>(isplat_at(minus));
+}
+
 template <Code CODE, bool MIN, int FOLD, int M>
 __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& rows, float* out) {
   const Weight& w = *tile.weight;
@@ -135,12 +168,9 @@ __attribute__((noinline)) void int_tile(const IntTile& tile, const QuantRows& ro
   for (int f = 0; f < folds; ++f) {
     I16x sum[M <= kChainedRows ? 2 : 1][M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      sum[0][m] = MIN ? isplat(0) : isplat_at(minus + m);
-      if constexpr (!MIN && CODE == Code::INT8) sum[0][m] = shift_left<4>(sum[0][m]);
-    }
+    for (int m = 0; m < M; ++m) sum[0][m] = start_of<CODE, MIN>(minus + m);
     dot_fold<CODE, FOLD>(sum, codes, FOLD == 32 ? a : a + f % 2 * 16);
-    if constexpr (M <= kStreamingRows) {
+    if (M <= kStreamingRows && tile.streams) {
 #pragma GCC unroll 8
       for (size_t i = 0; i < code_step; i += 64) prefetch(codes + codes_ahead + i);
       prefetch(scales + scales_ahead);
@@ -177,14 +207,14 @@ __attribute__((noinline)) void row_tile(const IntTile& tile, const QuantRows& ro
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; ++i)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) sum[i][m] = i ? isplat(0) : isplat_at(rows.minus_row + m);
+    for (int m = 0; m < M; ++m) sum[i][m] = i || kCentred ? isplat(0) : isplat_at(rows.minus_row + m);
   for (int k = 0; k < w.k_pad; k += 32, codes += 512, stream += 512, a += M * 32) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const Bytes line = load_bytes(codes + i * 64);
       prefetch(stream + i * 64);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[i % kSums][m] = dot4<true>(sum[i % kSums][m], line, a + m * 32 + i * 4);
+      for (int m = 0; m < M; ++m) sum[i % kSums][m] = dot4(sum[i % kSums][m], line, a + m * 32 + i * 4);
     }
   }
   const F16x scale = load_scale(tile.scales, w.scale_type);
@@ -263,10 +293,11 @@ inline void int_panel(const LinearArgs& args, const Weight& w, int panel, const 
                tiles ? lines / tiles : 0,
                nullptr,
                0,
+               args.rows <= kStreamingRows,
                args.next_panel < 0 ? kCodesAhead : (args.next_panel - panel) * w.panel_bytes,
                args.next_panel < 0 ? kCodesAhead / 8 : (args.next_panel - panel) * w.panel_scale_bytes};
   for_tiles(count, [&](auto m, int r) {
-    if (!tile.ahead_lines && decltype(m)::value > kStreamingRows) take_later(tile, args.ahead, w.k_pad);
+    if (!tile.ahead_lines && !tile.streams) take_later(tile, args.ahead, w.k_pad);
     int_tile_any<decltype(m)::value>(tile, rows.from(r, decltype(m)::value), out + r * 16);
     tile.ahead += w.panel_bytes / 2;
     if (r + decltype(m)::value >= tiles * kMaxTile) tile.ahead_lines = 0;
@@ -301,7 +332,7 @@ __attribute__((noinline)) void wide_tile(const WideTile& tile, const QuantRows& 
   auto begin = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      sum[0][m] = isplat_at(minus + m);
+      sum[0][m] = kCentred ? isplat(0) : isplat_at(minus + m);
 #pragma GCC unroll 4
       for (int p = 1; p < P; ++p) sum[p][m] = sum[0][m];
     }
@@ -328,7 +359,7 @@ __attribute__((noinline)) void wide_tile(const WideTile& tile, const QuantRows& 
       for (int m = 0; m < M; ++m) {
         const Spread four = spread(a + m * 32 + j * 4);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sum[p][m] = dot4_wide(sum[p][m], line[p], four);
+        for (int p = 0; p < P; ++p) sum[p][m] = dot4_spread(sum[p][m], line[p], four);
       }
     }
     codes += 512, a += beside * 32;

@@ -3,19 +3,22 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "memory.h"
 #include "pool.h"
+#include "program.h"
 
 namespace miaotui {
 namespace {
 
 const ProbeKernels& best() {
 #ifdef MIAOTUI_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) return *probe_kernels_avx512();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return *probe_kernels_avx2();
+  const std::string isa = available_isas()[0].name;
+  if (isa == "avx512" || isa == "avx512bf16") return *probe_kernels_avx512();
+  if (isa == "avxvnni") return *probe_kernels_avxvnni();
+  if (isa == "avx2") return *probe_kernels_avx2();
 #endif
   return *probe_kernels_portable();
 }

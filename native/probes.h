@@ -16,6 +16,7 @@ struct ProbeKernels {
 const ProbeKernels* probe_kernels_portable();
 #ifdef MIAOTUI_X86
 const ProbeKernels* probe_kernels_avx2();
+const ProbeKernels* probe_kernels_avxvnni();
 const ProbeKernels* probe_kernels_avx512();
 #endif
 

@@ -18,24 +18,37 @@ inline double probe_read(const unsigned char* data, long bytes) {
   return static_cast<double>(bytes);
 }
 
-constexpr int kChains = kMaxTile >= 12 ? 12 : 4;
+constexpr int kChains = kMaxTile >= 12 ? 12 : 6;
 
 inline double probe_dot(long rounds) {
-  alignas(64) uint8_t codes[64];
+  alignas(64) uint8_t codes[128];
   alignas(64) int8_t four[64];
-  std::memset(codes, 3, 64);
+  std::memset(codes, 3, 128);
   std::memset(four, 1, 64);
   keep(codes), keep(four);
   const Bytes w = load_bytes(codes);
+#ifdef MIAOTUI_SHORT_SUMS
+  const Spread x = spread(four);
+  ShortSums sum[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) sum[i] = short_dot(load_bytes(codes + i), x);
+  for (long r = 0; r < rounds; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = short_dot(sum[i], w, x);
+  F16x total = zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) total = add(total, to_float(iadd(isplat(0), sum[i])));
+#else
   I16x sum[kChains];
 #pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) sum[i] = isplat(four[i]);
   for (long r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = dot4<false>(sum[i], w, four);
+    for (int i = 0; i < kChains; ++i) sum[i] = dot4(sum[i], w, four);
   F16x total = zero();  // one value to keep: taking every chain's address would put the chains into memory
 #pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) total = add(total, to_float(sum[i]));
+#endif
   keep(total);
   return static_cast<double>(rounds) * kChains * 64 * 2;
 }

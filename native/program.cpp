@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -20,9 +21,15 @@ const std::vector<Isa>& available_isas() {
     if (avx512 && __builtin_cpu_supports("avx512bf16"))
       found.push_back({"avx512bf16", kernels_avx512(), attention_kernels_avx512bf16()});
     if (avx512) found.push_back({"avx512", kernels_avx512(), attention_kernels_avx512()});
+    if (avx2 && __builtin_cpu_supports("avxvnni"))
+      found.push_back({"avxvnni", kernels_avxvnni(), attention_kernels_avx2()});
     if (avx2) found.push_back({"avx2", kernels_avx2(), attention_kernels_avx2()});
 #endif
     found.push_back({"portable", kernels_portable(), attention_kernels_portable()});
+    const char* most = std::getenv("MIAOTUI_ISA");
+    const auto named = std::find_if(found.begin(), found.end(),
+                                    [&](const Isa& isa) { return most && std::strcmp(isa.name, most) == 0; });
+    if (named != found.end()) found.erase(found.begin(), named);
     return found;
   }();
   return isas;

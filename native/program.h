@@ -91,7 +91,7 @@ struct Isa {
   const AttentionKernels* attention;
 };
 
-// Those this CPU can run, best first.
+// Those this CPU can run, best first; none better than the environment's MIAOTUI_ISA, if that is one of them.
 const std::vector<Isa>& available_isas();
 
 class Program {

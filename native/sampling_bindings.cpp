@@ -28,7 +28,7 @@ const SamplingKernels& kernels_for(const std::string& isa) {
 #ifdef MIAOTUI_X86
   for (const Isa& known : available_isas()) {
     if (isa != known.name) continue;
-    if (isa == "avx2") return *sampling_kernels_avx2();
+    if (isa == "avx2" || isa == "avxvnni") return *sampling_kernels_avx2();
     if (isa != "portable") return *sampling_kernels_avx512();
   }
 #endif

@@ -1,8 +1,15 @@
-// Sixteen lanes as two 256-bit registers (AVX2, FMA, F16C). See simd_portable.h for the meanings.
+// Sixteen lanes as two 256-bit registers (AVX2, FMA, F16C), with AVX-VNNI if MIAOTUI_VNNI is defined. See
+// simd_portable.h for the meanings.
 
-constexpr int kMaxTile = 3;
+constexpr int kMaxTile = 4;
 constexpr int kWideRows = kMaxTile, kWidePanels = 1;
+#ifdef MIAOTUI_VNNI
+constexpr int kChainedRows = 2;
+constexpr bool kCentred = false;
+#else
 constexpr int kChainedRows = 0;
+constexpr bool kCentred = true;
+#endif
 
 struct F16x {
   __m256 a, b;
@@ -127,32 +134,53 @@ MIAOTUI_INLINE Bytes high_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
-// Codes over 127 would saturate vpmaddubsw, so they are taken as (code - 128) with the sign moved to the
-// activation, and 128 * sum(a) is given back.
-template <bool WIDE>
-MIAOTUI_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (!WIDE) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
-  __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
-  __m256i part = _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred));
-  __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(64), a);  // 64 * (a0 + a1) fits in 16 bits; twice it = 128
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(part, ones));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(offset, _mm256_set1_epi16(2)));
-}
 using Spread = __m256i;
 MIAOTUI_INLINE Spread spread(const int8_t* a) {
   int32_t four;
   std::memcpy(&four, a, 4);
   return _mm256_set1_epi32(four);
 }
-template <bool WIDE>
-MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
-  const Spread x = spread(a);
-  return {dot4_half<WIDE>(acc.a, w.a, x), dot4_half<WIDE>(acc.b, w.b, x)};
+// Issued directly: left to itself the compiler adds products in another order, for which it has not the registers.
+#ifdef MIAOTUI_VNNI
+MIAOTUI_INLINE __m256i dot4_half(__m256i acc, __m256i w, Spread a) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+  return acc;
 }
-MIAOTUI_INLINE I16x dot4_wide(I16x acc, Bytes w, Spread a) {
-  return {dot4_half<true>(acc.a, w.a, a), dot4_half<true>(acc.b, w.b, a)};
+#else
+// Codes over 127 would saturate vpmaddubsw: the sign of code - 128 moves to the input.
+MIAOTUI_INLINE __m256i dot4_half(__m256i acc, __m256i w, Spread a) {
+  const __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  __m256i part;
+  __asm__("vpsignb %2, %3, %1\n\tvpmaddubsw %1, %4, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(part)
+          : "x"(centred), "x"(a), "x"(_mm256_abs_epi8(centred)), "x"(_mm256_set1_epi16(1)));
+  return acc;
 }
+// Nibbles times inputs: of the products of a fold, at most 8 pairs of 15 * 127 each, sixteen bits hold the sum.
+#define MIAOTUI_SHORT_SUMS
+struct ShortSums {
+  __m256i a, b;
+};
+MIAOTUI_INLINE ShortSums short_dot(Bytes w, Spread a) {
+  return {_mm256_maddubs_epi16(w.a, a), _mm256_maddubs_epi16(w.b, a)};
+}
+MIAOTUI_INLINE __m256i short_dot_half(__m256i sum, __m256i w, Spread a) {
+  __m256i pairs;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(w), "x"(a));
+  return sum;
+}
+MIAOTUI_INLINE ShortSums short_dot(ShortSums sum, Bytes w, Spread a) {
+  return {short_dot_half(sum.a, w.a, a), short_dot_half(sum.b, w.b, a)};
+}
+MIAOTUI_INLINE I16x iadd(I16x x, ShortSums sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(x.a, _mm256_madd_epi16(sum.a, ones)), _mm256_add_epi32(x.b, _mm256_madd_epi16(sum.b, ones))};
+}
+#endif
+MIAOTUI_INLINE I16x dot4_spread(I16x acc, Bytes w, Spread a) {
+  return {dot4_half(acc.a, w.a, a), dot4_half(acc.b, w.b, a)};
+}
+MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) { return dot4_spread(acc, w, spread(a)); }
 template <int J>
 MIAOTUI_INLINE F16x byte_lane(Bytes x) {
   const __m256i mask = _mm256_set1_epi32(255);

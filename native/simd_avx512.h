@@ -3,6 +3,7 @@
 constexpr int kMaxTile = 12;
 constexpr int kWideRows = 6, kWidePanels = 2;  // of a tile whose integers are seldom folded
 constexpr int kChainedRows = 2;                // so few rows leave registers for two sums each
+constexpr bool kCentred = false;
 
 using F16x = __m512;
 using I16x = __m512i;
@@ -112,7 +113,6 @@ MIAOTUI_INLINE Bytes high_nibbles_there(Bytes a) {
 }
 MIAOTUI_INLINE Bytes high_nibbles(Bytes a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 // Issued directly: left to itself the compiler splits the broadcast from the product and spills the tile.
-template <bool WIDE>
 MIAOTUI_INLINE I16x dot4(I16x acc, Bytes w, const int8_t* a) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(a)));
   return acc;
@@ -123,7 +123,7 @@ MIAOTUI_INLINE Spread spread(const int8_t* a) {
   __asm__("vpbroadcastd %1, %0" : "=v"(r) : "m"(*reinterpret_cast<const int32_t*>(a)));
   return r;
 }
-MIAOTUI_INLINE I16x dot4_wide(I16x acc, Bytes w, Spread a) {
+MIAOTUI_INLINE I16x dot4_spread(I16x acc, Bytes w, Spread a) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
   return acc;
 }

@@ -3,7 +3,8 @@
 
 constexpr int kMaxTile = 2;
 constexpr int kWideRows = kMaxTile, kWidePanels = 1;
-constexpr int kChainedRows = 2;  // integer sums of so few rows are two
+constexpr int kChainedRows = 2;   // integer sums of so few rows are two
+constexpr bool kCentred = false;  // dot4 takes an INT8 code for code - 128
 
 struct F16x {  // sixteen float32 lanes
   float v[16];
@@ -163,16 +164,15 @@ inline Bytes high_nibbles(Bytes a) {
   for (int i = 0; i < 64; ++i) a.v[i] >>= 4;
   return a;
 }
-// acc[row] += sum over j of codes[row][j] * activations[j]; WIDE says that codes may exceed 127.
-template <bool WIDE>
+// acc[row] += sum over j of codes[row][j] * activations[j]
 inline I16x dot4(I16x acc, Bytes w, const int8_t* a) {
   MIAOTUI_LANES acc.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
   return acc;
 }
-// Four inputs for every row, and their product with codes that may exceed 127.
+// Four inputs for every row, and their product with codes.
 using Spread = const int8_t*;
 inline Spread spread(const int8_t* a) { return a; }
-inline I16x dot4_wide(I16x acc, Bytes w, Spread a) { return dot4<true>(acc, w, a); }
+inline I16x dot4_spread(I16x acc, Bytes w, Spread a) { return dot4(acc, w, a); }
 // Byte j of each lane as a float.
 template <int J>
 inline F16x byte_lane(Bytes a) {

@@ -38,6 +38,7 @@ Results go to stdout and everything else to stderr.
 | Environment | |
 |---|---|
 | `MIAOTUI_HOME` | what Miaotui downloads and remembers; `~/.cache/miaotui` |
+| `MIAOTUI_ISA` | the best kernels to use, of `avx512bf16`, `avx512`, `avxvnni`, `avx2`, `portable`; the best that run |
 | `MIAOTUI_API_KEY` | a key that `miaotui serve` asks for, kept out of the list of processes |
 | `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | the hub's cache, its login, and whether it may be asked at all |
 """

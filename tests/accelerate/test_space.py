@@ -14,6 +14,7 @@ from miaotui.accelerate.space import LOOKED_AT, ORIGINAL, Candidate, Serving, Sp
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.recipe import Calibration, Recipe
 from miaotui.hardware.ceilings import Ceilings
+from miaotui.hardware.detect import Machine
 from tests.measure.test_work import make_spec
 
 LIMITS = Ceilings(2, 1 << 20, 1e10, 1e12, 2e11)
@@ -24,8 +25,13 @@ def source(**changes: object) -> Source:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def space(of: Source, budget: float = 900.0, goal: Goal = "latency") -> Space:
-    return make_space(of, goal, 2, 2, Calibration(), budget)
+AVX2 = ("avx2", "fma", "f16c")
+VNNI = (*AVX2, "avx_vnni")
+
+
+def space(of: Source, budget: float = 900.0, goal: Goal = "latency", isa: tuple[str, ...] = VNNI) -> Space:
+    machine = Machine("A CPU", "x86_64", isa, 2, 2, None, {}, 1, 8 << 30, "Linux", ())
+    return make_space(of, goal, machine, Calibration(), budget)
 
 
 def schemes(found: Space) -> set[str]:
@@ -58,6 +64,12 @@ def test_what_changes_most_of_the_work_is_tried_first() -> None:
     first = space(source(), goal="throughput").servings[:2]
     assert first == (Serving("int8-batch"), Serving(kv_cache_dtype="int8"))
     assert all(serving.compute == "auto" for serving in space(source(), goal="memory").servings)
+
+
+def test_codes_of_8_bits_are_not_tried_where_those_of_4_are_faster() -> None:
+    found = space(source(), goal="throughput", isa=AVX2)
+    assert all(serving.compute == "auto" for serving in found.servings)
+    assert "twice as fast" in dict(found.dropped)["int8-batch"]
 
 
 def test_memory_alone_may_cost_the_screen() -> None:

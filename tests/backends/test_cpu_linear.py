@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,25 @@ def test_linear_equals_its_twin(isa: str, kind: str, compute: str) -> None:
         got = LinearProgram(isa, x, packed(tensor), quantised=compute == "auto").run()
         bound = np.abs(seen) @ np.abs(tensor.dense32().astype(np.float64)).T
         assert np.all(np.abs(got - want) <= 1e-5 * bound + 1e-6), (n, k, rows, np.abs(got - want).max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "w"])
+def test_the_largest_codes_overflow_nothing(isa: str, kind: str) -> None:
+    """Codes that are all the least or the greatest, inputs that all are 127: sums of products as large as they get."""
+    rng = np.random.default_rng(4)
+    tensor = stored(kind, 48, 192, rng)
+    assert isinstance(tensor, GroupedTensor)
+    codes = np.zeros_like(tensor.codes)
+    codes[::2] = (1 << tensor.scheme.bits) - 1
+    tensor = replace(tensor, codes=codes)
+    x = np.array([[1.0], [-1.0], [2.0], [-0.5], [1.0], [-3.0]], np.float32) * np.ones((6, 192), np.float32)
+    x[4, 1::2] *= -1
+    for rows in (1, 2, 6):
+        got = LinearProgram(isa, x[:rows], packed(tensor)).run()
+        w = tensor.dense32().astype(np.float64)
+        bound = np.abs(x[:rows]).astype(np.float64) @ np.abs(w).T
+        assert np.all(np.abs(got - x[:rows].astype(np.float64) @ w.T) <= 1e-5 * bound + 1e-6), rows
 
 
 @pytest.mark.parametrize("isa", ISAS)

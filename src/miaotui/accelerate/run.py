@@ -140,9 +140,7 @@ class _Run:
         self.notes: list[str] = []
         """Caveats that came up on the way."""
         self.calibration = calibration_of(request.plan, subject.texts)
-        self.space = make_space(
-            source, self.plan.goal, detect.usable_cores(), len(detect.affinity()), self.calibration, request.plan.budget
-        )
+        self.space = make_space(source, self.plan.goal, detect.detect(), self.calibration, request.plan.budget)
 
     def card(self) -> Card:
         """Search and measure; leaves the artefact."""

@@ -18,6 +18,7 @@ from typing import Any
 from miaotui.accelerate.goals import Goal
 from miaotui.accelerate.source import Source
 from miaotui.compress.recipe import Budget, Calibration, Recipe, parse_scheme
+from miaotui.hardware.detect import Machine
 
 METHODS = ("rtn", "hqq", "awq", "gptq", "awq+gptq")
 """From the quickest to the one that loses least, as a rule."""
@@ -162,9 +163,7 @@ class Space:
         return self.rounding.get(recipe.scheme + free)
 
 
-def make_space(
-    source: Source, goal: Goal, cores: int, processors: int, calibration: Calibration, budget: float
-) -> Space:
+def make_space(source: Source, goal: Goal, machine: Machine, calibration: Calibration, budget: float) -> Space:
     """Everything that this source can become and this machine runs, in a budget of so many seconds."""
     dropped = list(NOT_HERE)
     recipes = [*_gguf(source, calibration)]
@@ -174,7 +173,7 @@ def make_space(
     served = [Serving(compute=compute, greedy_screen=screen) for compute in ("auto", "fp32")]
     plain = [Candidate(recipe, serving) for recipe in recipes for serving in served]
     cut = [Candidate(recipe, served[0], blocks) for blocks in _cuts(source, budget, dropped) for recipe in recipes]
-    servings = tuple(_servings(goal, cores, processors))
+    servings = tuple(_servings(goal, machine, dropped))
     return Space((*plain, *cut), servings, tuple(dropped), source.rounding)
 
 
@@ -231,9 +230,10 @@ def _fitting(source: Source, dropped: list[tuple[str, str]]) -> Iterator[str]:
             dropped.append((scheme, f"its groups do not divide rows of {ragged}, which other programs refuse"))
 
 
-def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
+def _servings(goal: Goal, machine: Machine, dropped: list[tuple[str, str]]) -> Iterator[Serving]:
     """Every way but the default: those that differ least from it first, and of those the likeliest to help."""
-    threads: Sequence[int | None] = [None, *sorted({max(1, cores // 2), processors} - {cores})]
+    cores = machine.usable_cores
+    threads: Sequence[int | None] = [None, *sorted({max(1, cores // 2), machine.threads} - {cores})]
     guesses = (None, "ngram") if goal in ("latency", "balanced") else (None,)
     sequences = {"latency": (64,), "memory": (64, 8), "throughput": (64, 128, 32), "balanced": (64,)}[goal]
     tokens = {
@@ -242,7 +242,11 @@ def _servings(goal: Goal, cores: int, processors: int) -> Iterator[Serving]:
         "throughput": (512, 1024, 2048),
         "balanced": (512, 1024),
     }[goal]
-    computes = ("auto",) if goal == "memory" else ("auto", "int8-batch")
+    computes = ["auto"]
+    if machine.isa_level == "avx2":
+        dropped.append(("int8-batch", "AVX2 alone multiplies codes of 4 bits twice as fast as codes of 8"))
+    elif goal != "memory":
+        computes.append("int8-batch")
     choices = product(computes, ("auto", "int8"), threads, guesses, sequences, tokens, (goal != "memory",))
     every = (Serving(*chosen) for chosen in choices)
     yield from sorted((s for s in every if s != DEFAULT), key=_unlikely)

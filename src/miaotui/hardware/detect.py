@@ -24,6 +24,17 @@ ISA_NAMES = (
 )  # fmt: skip
 """The extensions that matter to kernels, as Linux spells them; the last five are Arm's."""
 
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+KERNELS: dict[str, set[str]] = {
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avxvnni": _AVX2 | {"avx_vnni"},
+    "avx2": _AVX2,
+    "portable": set(),
+}
+"""What each kind of kernels needs, best first."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -51,17 +62,24 @@ class Machine:
 
     @property
     def isa_level(self) -> str:
-        """The kernels that this processor can run: `avx512bf16`, `avx512`, `avx2` or `portable`."""
-        have = set(self.isa)
-        if not {"avx2", "fma", "f16c"} <= have:
-            return "portable"
-        if not {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= have:
-            return "avx2"
-        return "avx512bf16" if "avx512_bf16" in have else "avx512"
+        """The kernels that run here: the best of `KERNELS` that this processor has, or what MIAOTUI_ISA names."""
+        levels = [level for level, needs in KERNELS.items() if needs <= set(self.isa)]
+        wanted = os.environ.get("MIAOTUI_ISA")
+        return wanted if wanted in levels else levels[0]
 
     def fingerprint(self) -> str:
-        """16 hex digits that stay while speed figures stay comparable: processor, cores, memory size, system."""
-        parts = (self.cpu, self.architecture, self.isa, self.usable_cores, self.caches, self.memory >> 30, self.system)
+        """16 hex digits that stay while speed figures stay comparable: processor, kernels, cores, memory size,
+        system."""
+        machine = (
+            self.cpu,
+            self.architecture,
+            self.isa,
+            self.usable_cores,
+            self.caches,
+            self.memory >> 30,
+            self.system,
+        )
+        parts = (*machine, self.isa_level)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:

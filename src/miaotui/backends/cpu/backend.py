@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,18 @@ SCREEN_MOST = 300_000_000
 """Elements of a head that a screen is made of: about 0.2 seconds' work."""
 
 
+def _best_isa() -> str:
+    """The first of those that run; UsageError if MIAOTUI_ISA names none of them."""
+    known: list[str] = _native.isas()
+    wanted = os.environ.get("MIAOTUI_ISA")
+    if wanted and wanted != known[0]:
+        raise UsageError(
+            f"MIAOTUI_ISA names {wanted!r}, and this processor has no such kernels.",
+            f"Set it to one of {', '.join(known)}, or not at all.",
+        )
+    return known[0]
+
+
 class CpuBackend:
     """Native kernels on `threads` threads (default: the physical cores this process may use).
 
@@ -34,8 +47,8 @@ class CpuBackend:
     per 64 elements, both turned first (native/pack.h). "fp32" computes everything in float32, exactly as stored.
     `screen` keeps the head once more in 4 bits where that pays, by which greedy steps of one or two rows find the
     greatest logit without reading all of it (native/screen.h).
-    `isa` names an instruction set of `_native.isas()` (default: the best). `beside` lends its threads: the two
-    executors must never run at the same time.
+    `isa` names an instruction set of `_native.isas()` (default: the best, or the environment's MIAOTUI_ISA). `beside`
+    lends its threads: the two executors must never run at the same time.
     """
 
     def __init__(
@@ -57,7 +70,7 @@ class CpuBackend:
         self.cache = cache
         self._quantised = compute != "fp32"
         self._wide = compute == "int8-batch"
-        self._isa = isa or _native.isas()[0]
+        self._isa = isa or _best_isa()
         self._fuse = fuse
         self._wants_screen = screen
         self._store = store
