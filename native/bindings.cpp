@@ -523,7 +523,7 @@ NB_MODULE(_native, module) {
       },
       "Instruction sets this CPU can run, best first.");
   module.def("probe_bandwidth", &probe_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a,
-             nb::call_guard<nb::gil_scoped_release>(), "Read bandwidth over `megabytes` in all, GB/s.");
+             nb::call_guard<nb::gil_scoped_release>(), "Read bandwidth over `megabytes` in all, GB/s, in each round.");
   module.def("probe_int8", &probe_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Peak of the int8 dot product, 10^12 multiplies and adds a second (two an element).");
   module.def("probe_fp32", &probe_fp32, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),

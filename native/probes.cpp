@@ -23,13 +23,13 @@ const ProbeKernels& best() {
   return *probe_kernels_portable();
 }
 
-// The best round of several: a ceiling is what the machine does when nothing disturbs it. `work` returns its amount.
+// What each round did in a second; at least one. `work` returns its amount.
 template <typename F>
-double best_rate(int threads, double seconds, F&& work) {
+std::vector<double> rates(int threads, double seconds, F&& work) {
   using Clock = std::chrono::steady_clock;
   Pool pool(threads);
   std::vector<double> done(static_cast<size_t>(threads));
-  double rate = 0.0;
+  std::vector<double> found;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   do {
     const auto begin = Clock::now();
@@ -37,30 +37,33 @@ double best_rate(int threads, double seconds, F&& work) {
     const double took = std::chrono::duration<double>(Clock::now() - begin).count();
     double total = 0.0;
     for (double d : done) total += d;
-    rate = std::max(rate, total / took);
+    found.push_back(total / took);
   } while (Clock::now() < end);
-  return rate;
+  return found;
 }
+
+// A ceiling is what the machine does when nothing disturbs it.
+double best_of(const std::vector<double>& rates) { return *std::max_element(rates.begin(), rates.end()); }
 
 }  // namespace
 
-double probe_bandwidth(int threads, double megabytes, double seconds) {
+std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds) {
   const size_t share = round_up(static_cast<size_t>(megabytes * 1e6 / threads), 4096);
   Memory memory(share * static_cast<size_t>(threads));
   std::memset(memory.data(), 1, memory.bytes());
-  return best_rate(threads, seconds,
-                   [&](int t) {
-                     return best().read(memory.data() + share * static_cast<size_t>(t), static_cast<long>(share));
-                   }) /
-         1e9;
+  std::vector<double> found = rates(threads, seconds, [&](int t) {
+    return best().read(memory.data() + share * static_cast<size_t>(t), static_cast<long>(share));
+  });
+  for (double& rate : found) rate /= 1e9;
+  return found;
 }
 
 double probe_int8(int threads, double seconds) {
-  return best_rate(threads, seconds, [](int) { return best().int8(200000); }) / 1e12;
+  return best_of(rates(threads, seconds, [](int) { return best().int8(200000); })) / 1e12;
 }
 
 double probe_fp32(int threads, double seconds) {
-  return best_rate(threads, seconds, [](int) { return best().fp32(200000); }) / 1e12;
+  return best_of(rates(threads, seconds, [](int) { return best().fp32(200000); })) / 1e12;
 }
 
 }  // namespace miaotui

@@ -1,11 +1,13 @@
 // What this machine can do at most, measured: the ceilings beside which our figures are shown.
 #pragma once
 
+#include <vector>
+
 namespace miaotui {
 
-double probe_bandwidth(int threads, double megabytes, double seconds);  // GB/s, read
-double probe_int8(int threads, double seconds);                         // TOPS
-double probe_fp32(int threads, double seconds);                         // TFLOP/s
+std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds);  // GB/s read, in each round
+double probe_int8(int threads, double seconds);                                      // TOPS
+double probe_fp32(int threads, double seconds);                                      // TFLOP/s
 
 // The inner loops, by instruction set: operations (or bytes) done in one call.
 struct ProbeKernels {

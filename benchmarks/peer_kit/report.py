@@ -21,7 +21,7 @@ def markdown(report: Json) -> str:
         f"{model['title']}; {machine['cpu']}, {report['threads']} threads, {machine['isa_level']}{options}. "
         "Medians of alternating runs, tokens/s; in brackets the 95% interval of the ratio's median.",
         "",
-        f"| peer | weights | regime | {OURS} | peer | ratio | {OURS} of ceiling | peer of ceiling | pairs |",
+        f"| peer | weights | regime | {OURS} | peer | ratio | {OURS} of ceiling, sustained | peer of ceiling | pairs |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for peer in report["peers"]:
@@ -41,7 +41,7 @@ def _row(peer: Json, result: Json) -> str:
         _value(ours),
         _value(theirs),
         f"**{ratio['median']:.2f}×**{interval}",
-        _percent(ours["of_ceiling"]),
+        ", ".join(filter(None, (_percent(ours["of_ceiling"]), _percent(ours["of_sustained"])))),
         _percent(theirs["of_ceiling"]),
         str(result["pairs"]),
     )

@@ -23,7 +23,7 @@ from miaotui.measure.quality_data import Window
 from miaotui.measure.scoring import Opened, Rows, Settings
 from tests.compress import toy_folders
 
-PROBES = Probes(lambda threads, megabytes, seconds: 10.0, lambda t, s: 1.0, lambda t, s: 0.1)
+PROBES = Probes(lambda threads, megabytes, seconds: [10.0], lambda t, s: 1.0, lambda t, s: 0.1)
 CONFIG = {
     **toy_folders.CONFIG, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "dtype": "bfloat16",

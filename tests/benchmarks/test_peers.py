@@ -147,6 +147,16 @@ def test_summary_holds_each_against_its_own_ceiling() -> None:
     batch = summary(REGIMES["throughput-32"], [pair(500, 100)], costs(), LIMITS, least=1)
     assert batch["ours"]["of_ceiling"] is not None
     assert batch["peer"]["of_ceiling"] is None
+    assert entry["ours"]["of_sustained"] is batch["ours"]["of_sustained"] is None
+
+
+def test_what_memory_sustains_is_another_ceiling() -> None:
+    slow, fast = replace(QUIET, sustained=20e9), replace(QUIET, sustained=30e9)
+    mine = replace(pair(400, 100)[0], before=slow, after=fast)
+    entry = summary(REGIMES["decode-1@16"], [(mine, pair(400, 100)[1])], costs(), LIMITS, least=1)
+    assert entry["ours"]["of_ceiling"] == pytest.approx(400 / 1000, rel=0.01)
+    assert entry["ours"]["of_sustained"] == pytest.approx(400 / 500, rel=0.01)  # 50 MB at 25 GB/s
+    assert entry["peer"]["of_sustained"] is None
 
 
 def test_disturbed_pairs_are_left_out_while_enough_are_left() -> None:
@@ -302,6 +312,8 @@ def test_markdown() -> None:
     assert (
         "- llama.cpp: 1 pairs were disturbed by other processes and counted all the same, too few being left." in lines
     )
+    shown["peers"][0]["results"][0]["ours"]["of_sustained"] = 0.4
+    assert "| 32%, 40% |" in report.markdown(shown)
     shown["peers"][0]["results"][0]["pairs"] = 2
     assert "| **3.00×** |" in report.markdown(shown)
     assert "- Not measured: vllm, because it failed: out of luck." in lines
@@ -376,7 +388,7 @@ def test_a_whole_comparison_on_fakes(
             "regime", "unit", "pairs", "left_out", "disturbed", "ours", "peer", "ratio", "runs",
         }  # fmt: skip
         assert result["ratio"]["median"] == pytest.approx(3)
-        assert set(result["ours"]) == {"median", "low", "high", "spread", "of_ceiling"}
+        assert set(result["ours"]) == {"median", "low", "high", "spread", "of_ceiling", "of_sustained"}
     assert written["not_measured"] == [{"name": "vllm", "why": "it is only a test"}]
     assert (tmp_path / "out" / "peers.md").read_text() == capsys.readouterr().out
     assert (tmp_path / "out" / "peers.svg").read_text().startswith("<svg")

@@ -10,9 +10,9 @@ def test_the_best_run_counts_and_units_are_per_second() -> None:
     speeds = iter([10.0, 30.0, 20.0])
     seen: list[tuple[int, int]] = []
 
-    def bandwidth(threads: int, megabytes: int, seconds: float) -> float:
+    def bandwidth(threads: int, megabytes: int, seconds: float) -> list[float]:
         seen.append((threads, megabytes))
-        return next(speeds)
+        return [1.0, next(speeds), 2.0]
 
     found = ceilings.measure(Probes(bandwidth, lambda t, s: 2.0, lambda t, s: 0.5), 4, 85_400_000)
     assert seen == [(4, 85)] * 3

@@ -12,7 +12,7 @@ from miaotui.hardware.ceilings import Probes
 from miaotui.measure import profile
 from miaotui.measure.speed import Settings
 
-PROBES = Probes(lambda *_: 50.0, lambda *_: 2.0, lambda *_: 0.5)
+PROBES = Probes(lambda *_: [50.0], lambda *_: 2.0, lambda *_: 0.5)
 
 
 def test_ops_and_host_make_up_the_step(demo_gguf: Path) -> None:

@@ -15,7 +15,7 @@ from miaotui.hardware.ceilings import Probes
 from miaotui.measure import speed
 from tests.measure.test_work import make_spec
 
-PROBES = Probes(lambda threads, megabytes, seconds: 1.0, lambda t, s: 0.01, lambda t, s: 0.001)
+PROBES = Probes(lambda threads, megabytes, seconds: [1.0], lambda t, s: 0.01, lambda t, s: 0.001)
 
 
 class Clock:

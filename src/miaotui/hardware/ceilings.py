@@ -7,7 +7,7 @@ something else was running would make a slow program look good, so the best of s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from pathlib import Path
 class Probes:
     """The native probes. Each runs for about `seconds` on `threads` threads.
 
-    bandwidth(threads, megabytes, seconds) reads a buffer of that size over and over: GB/s (10⁹ bytes);
+    bandwidth(threads, megabytes, seconds) reads a buffer of that size over and over: GB/s (10⁹ bytes) of each time;
     int8(threads, seconds): int8 multiply-adds, 10¹² operations/s, a multiply-add counting two;
     fp32(threads, seconds): the same in float32.
     """
 
-    bandwidth: Callable[[int, int, float], float]
+    bandwidth: Callable[[int, int, float], Sequence[float]]
     int8: Callable[[int, float], float]
     fp32: Callable[[int, float], float]
 
@@ -47,7 +47,7 @@ def measure(probes: Probes, threads: int, working_set: int, *, seconds: float = 
     return Ceilings(
         threads=threads,
         working_set=megabytes * 1_000_000,
-        bandwidth=1e9 * max(probes.bandwidth(threads, megabytes, seconds) for _ in range(runs)),
+        bandwidth=1e9 * max(max(probes.bandwidth(threads, megabytes, seconds)) for _ in range(runs)),
         int8=1e12 * max(probes.int8(threads, seconds) for _ in range(runs)),
         fp32=1e12 * max(probes.fp32(threads, seconds) for _ in range(runs)),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -83,11 +83,13 @@ REGIMES = {
 
 @dataclass(frozen=True)
 class Moment:
-    """The machine between two runs: bytes/s, operations/s, and the cores' worth of time that others took."""
+    """The machine between two runs: bytes/s at best, operations/s, and the cores' worth of time that others took.
+    `sustained`: bytes/s in the median round; None where that was not looked at."""
 
     bandwidth: float
     int8: float
     others: float
+    sustained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def summary(
 
 
 def _figure(regime: Regime, runs: Sequence[Run], cost: Cost, limits: Ceilings) -> dict[str, Any]:
-    """Median, its interval, the range as a share of it, and the median share of the ceiling."""
+    """Median, its interval, the range as a share of it, and the median shares of the ceiling: at its best and, where
+    bandwidth sets it, sustained."""
     values = [run.value for run in runs]
     figure = summarise(values, higher_is_better=True)
     known = cost.integer or regime.kind == "decode"
@@ -208,19 +211,27 @@ def _figure(regime: Regime, runs: Sequence[Run], cost: Cost, limits: Ceilings) -
         "high": figure.high,
         "spread": (max(values) - min(values)) / figure.median,
         "of_ceiling": float(np.median([_share(regime, run, cost, limits) for run in runs])) if known else None,
+        "of_sustained": _sustained_share(regime, runs, cost, limits) if regime.kind == "decode" else None,
     }
 
 
 def _share(regime: Regime, run: Run, cost: Cost, limits: Ceilings) -> float:
     """The run against the better of the two moments around it, which is the stricter judge."""
-    around = Ceilings(
-        threads=limits.threads,
-        working_set=limits.working_set,
-        bandwidth=max(run.before.bandwidth, run.after.bandwidth),
-        int8=max(run.before.int8, run.after.int8),
-        fp32=limits.fp32,
-    )
+    bandwidth = max(run.before.bandwidth, run.after.bandwidth)
+    around = replace(limits, bandwidth=bandwidth, int8=max(run.before.int8, run.after.int8))
     return run.value / regime.ceiling(cost, around)
+
+
+def _sustained_share(regime: Regime, runs: Sequence[Run], cost: Cost, limits: Ceilings) -> float | None:
+    """The median run against what memory gave in the median round of the moments around it: a run is as long as many
+    rounds, and the best of these lasts for milliseconds."""
+    shares = []
+    for run in runs:
+        if run.before.sustained is None or run.after.sustained is None:
+            return None
+        around = replace(limits, bandwidth=(run.before.sustained + run.after.sustained) / 2)
+        shares.append(run.value / regime.ceiling(cost, around))
+    return float(np.median(shares))
 
 
 def same_start(ours: Engine, peer: Engine, prompt: Sequence[int], tokens: int = 24, least: int = 4) -> dict[str, Any]:
