@@ -17,6 +17,7 @@ from miaotui.accelerate.run import Request, accelerate
 from miaotui.accelerate.space import Candidate, Serving
 from miaotui.accelerate.trial import Built, Scores
 from miaotui.accelerate.workshop import RealWorkshop, settings_of
+from miaotui.backends.cpu import _native
 from miaotui.errors import InterruptedWorkError, UsageError
 from miaotui.hardware.ceilings import Probes
 from miaotui.measure.quality_data import Window
@@ -49,9 +50,11 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIAOTUI_HOME", str(tmp_path / "home"))
 
 
-def test_an_artefact_and_its_card(toy: Path, text: Path, tmp_path: Path) -> None:
+def test_an_artefact_and_its_card(toy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A toy is no faster in int4, or is, as the machine has it: either way the card says what was found."""
     told: list[str] = []
+    isa = _native.isas()[0]
+    monkeypatch.setenv("MIAOTUI_ISA", isa)
     plan = Plan("memory", 0.5, 8.0)
     request = Request(str(toy), tmp_path / "out", plan, str(text), tasks=("needle",), command="miaotui accelerate …")
     card = accelerate(request, PROBES, tell=told.append)
@@ -61,6 +64,8 @@ def test_an_artefact_and_its_card(toy: Path, text: Path, tmp_path: Path) -> None
     assert all(trial.why for trial in card.search.trials)
     assert card.speed.before
     assert card.quality.before.perplexity.value > 1
+    assert card.machine["isa_level"] == isa
+    assert all(command.startswith(f"MIAOTUI_ISA={isa} miaotui ") for command in card.commands)
     assert bool(card.artefact.kept_original) == (card.quality.after is None)
     if not card.artefact.kept_original:
         assert card.floor.holds

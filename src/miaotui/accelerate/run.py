@@ -274,6 +274,12 @@ class _Run:
         return Outcome(plan, outcome.winner, outcome.attempts, outcome.skipped, self.ledger.spent, outcome.notes)
 
     def _commands(self, winner: Attempt | None) -> tuple[str, ...]:
+        """To do it all again, with the kernels of this run where the environment named them."""
+        isa = os.environ.get("MIAOTUI_ISA")
+        named = f"MIAOTUI_ISA={isa} " if isa else ""
+        return tuple(named + command for command in self._bare_commands(winner))
+
+    def _bare_commands(self, winner: Attempt | None) -> tuple[str, ...]:
         out, confirm = self.request.out, self.subject.texts.confirm
         again = [self.request.command] if self.request.command else []
         if winner is None:
