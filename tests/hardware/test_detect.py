@@ -114,3 +114,13 @@ def test_isa_level(isa: str, level: str) -> None:
     machine = Machine("cpu", "x86_64", tuple(isa.split()), 4, 8, 2.5, {}, 1, GIB, "Linux", ())
     assert machine.isa_level == level
     assert machine.usable_cores == 2
+
+
+def test_kernels_that_are_named_are_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("cpu", "x86_64", ("avx2", "fma", "f16c"), 4, 8, None, {}, 1, GIB, "Linux", ())
+    found = machine.fingerprint()
+    monkeypatch.setenv("MIAOTUI_ISA", "avx512")
+    assert (machine.isa_level, machine.fingerprint()) == ("avx2", found)
+    monkeypatch.setenv("MIAOTUI_ISA", "portable")
+    assert machine.isa_level == "portable"
+    assert machine.fingerprint() != found
