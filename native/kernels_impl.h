@@ -243,11 +243,14 @@ MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float*
   return int_tile_of<Code::INT8, M>(t, rows, out);
 }
 
-// How many of the `left` rows the next tile takes; a rest of 5 goes as 4 + 1.
+// How many of the `left` rows the next tile takes. One row alone costs nearly as much as two, so that a rest of less
+// than a whole tile leaves none alone: 7 goes as 5 + 2, 9 as 5 + 4, 11 as 6 + 5.
 constexpr int next_tile(int left) {
-  if (kMaxTile >= 12 && left >= 12) return 12;
-  if (kMaxTile >= 8 && left >= 8) return 8;
-  if (kMaxTile >= 6 && left >= 6) return 6;
+  if (kMaxTile >= 12) {
+    if (left >= 12) return 12;
+    if (left == 9 || left == 7 || left == 5) return 5;
+    if (left >= 6) return left == 8 ? 8 : 6;
+  }
   if (kMaxTile >= 4 && left >= 4) return 4;
   if (kMaxTile >= 3 && left >= 3) return 3;
   return left >= 2 ? 2 : 1;
@@ -263,10 +266,13 @@ MIAOTUI_INLINE void for_tiles(int rows, F&& tile) {
         if constexpr (kMaxTile >= 12) tile(Int<12>{}, r);
         break;
       case 8:
-        if constexpr (kMaxTile >= 8) tile(Int<8>{}, r);
+        if constexpr (kMaxTile >= 12) tile(Int<8>{}, r);
         break;
       case 6:
-        if constexpr (kMaxTile >= 6) tile(Int<6>{}, r);
+        if constexpr (kMaxTile >= 12) tile(Int<6>{}, r);
+        break;
+      case 5:
+        if constexpr (kMaxTile >= 12) tile(Int<5>{}, r);
         break;
       case 4:
         if constexpr (kMaxTile >= 4) tile(Int<4>{}, r);

@@ -138,7 +138,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_threads(isa: str, kind:
     weight, x = packed(stored(kind, 50, 160, rng)), rng.standard_normal((29, 160)).astype(np.float32)
     for compute in (True, False):
         whole = LinearProgram(isa, x, weight, quantised=compute).run()
-        for begin, end, threads in [(0, 1, 1), (3, 5, 2), (7, 12, 1), (11, 24, 3)]:
+        for begin, end, threads in [(0, 1, 1), (3, 5, 2), (7, 12, 1), (3, 12, 2), (0, 10, 1), (5, 16, 2), (11, 24, 3)]:
             part = LinearProgram(isa, x[begin:end], weight, threads, quantised=compute).run()
             assert np.array_equal(part, whole[begin:end]), (begin, end)
 
