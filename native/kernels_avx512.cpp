@@ -11,12 +11,9 @@ namespace {
 
 #include "simd_avx512.h"
 // The lanes must be defined first.
-#include "exp_impl.h"
-#include "kernels_impl.h"
-#include "screen_impl.h"
+#include "kernels_all.h"
 
-constexpr Kernels table{"avx512", linear,      norm,    quantise, activate, dequantise_row,
-                        widen,    add_columns, coarsen, decode,   lift};
+constexpr Kernels table = kernels_named("avx512");
 
 }  // namespace
 }  // namespace kernels_in_avx512

@@ -12,12 +12,9 @@ namespace {
 #define MIAOTUI_VNNI
 #include "simd_avx2.h"
 // The lanes must be defined first.
-#include "exp_impl.h"
-#include "kernels_impl.h"
-#include "screen_impl.h"
+#include "kernels_all.h"
 
-constexpr Kernels table{"avxvnni", linear,      norm,    quantise, activate, dequantise_row,
-                        widen,     add_columns, coarsen, decode,   lift};
+constexpr Kernels table = kernels_named("avxvnni");
 
 }  // namespace
 }  // namespace kernels_in_avxvnni

@@ -1,5 +1,4 @@
-// Every kernel, written once over sixteen lanes. A kernels_<isa>.cpp includes its simd_<isa>.h and then this file
-// inside its own namespace.
+// Every kernel, written once over sixteen lanes. Included by kernels_all.h.
 //
 // One rule runs through it: the bits of a row's result do not depend on how many rows are computed with it, nor on
 // which thread computes it. So each output is one chain of operations in ascending k, whatever the tile:
@@ -243,7 +242,7 @@ MIAOTUI_INLINE void int_tile_any(const IntTile& t, const QuantRows& rows, float*
   return int_tile_of<Code::INT8, M>(t, rows, out);
 }
 
-// How many of the `left` rows the next tile takes. One row alone costs nearly as much as two, so that a rest of less
+// How many of the `left` rows the next tile takes. One row alone costs three quarters of two, so that a rest of less
 // than a whole tile leaves none alone: 7 goes as 5 + 2, 9 as 5 + 4, 11 as 6 + 5.
 constexpr int next_tile(int left) {
   if (kMaxTile >= 12) {

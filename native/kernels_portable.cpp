@@ -10,12 +10,9 @@ namespace {
 #define MIAOTUI_INLINE inline
 #include "simd_portable.h"
 // The lanes must be defined first.
-#include "exp_impl.h"
-#include "kernels_impl.h"
-#include "screen_impl.h"
+#include "kernels_all.h"
 
-constexpr Kernels table{"portable", linear,      norm,    quantise, activate, dequantise_row,
-                        widen,      add_columns, coarsen, decode,   lift};
+constexpr Kernels table = kernels_named("portable");
 
 }  // namespace
 }  // namespace kernels_in_portable

@@ -20,35 +20,40 @@ inline double probe_read(const unsigned char* data, long bytes) {
 
 constexpr int kChains = kMaxTile >= 12 ? 12 : 6;
 
-inline double probe_dot(long rounds) {
-  alignas(64) uint8_t codes[128];
-  alignas(64) int8_t four[64];
-  std::memset(codes, 3, 128);
-  std::memset(four, 1, 64);
-  keep(codes), keep(four);
-  const Bytes w = load_bytes(codes);
 #ifdef MIAOTUI_SHORT_SUMS
-  const Spread x = spread(four);
-  ShortSums sum[kChains];
-#pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) sum[i] = short_dot(load_bytes(codes + i), x);
-  for (long r = 0; r < rounds; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = short_dot(sum[i], w, x);
-  F16x total = zero();
-#pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) total = add(total, to_float(iadd(isplat(0), sum[i])));
+struct DotChain {  // as INT4 is multiplied, whose sums are of sixteen bits
+  ShortSums sum;
+  MIAOTUI_INLINE void begin(int i, const uint8_t* codes, const int8_t* four) {
+    sum = short_dot(load_bytes(codes + i), spread(four));
+  }
+  MIAOTUI_INLINE void add(Bytes w, const int8_t* four) { sum = short_dot(sum, w, spread(four)); }
+  MIAOTUI_INLINE I16x value() const { return iadd(isplat(0), sum); }
+};
 #else
-  I16x sum[kChains];
+struct DotChain {
+  I16x sum;
+  MIAOTUI_INLINE void begin(int i, const uint8_t*, const int8_t* four) { sum = isplat(four[i]); }
+  MIAOTUI_INLINE void add(Bytes w, const int8_t* four) { sum = dot4(sum, w, four); }
+  MIAOTUI_INLINE I16x value() const { return sum; }
+};
+#endif
+
+inline double probe_dot(long rounds) {
+  alignas(64) uint8_t codes[64 + kChains];
+  alignas(64) int8_t four[64];
+  std::memset(codes, 3, sizeof codes);
+  std::memset(four, 1, sizeof four);
+  keep(codes), keep(four);  // chains that begin alike would be merged into one
+  const Bytes w = load_bytes(codes);
+  DotChain chain[kChains];
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) sum[i] = isplat(four[i]);
+  for (int i = 0; i < kChains; ++i) chain[i].begin(i, codes, four);
   for (long r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) sum[i] = dot4(sum[i], w, four);
+    for (int i = 0; i < kChains; ++i) chain[i].add(w, four);
   F16x total = zero();  // one value to keep: taking every chain's address would put the chains into memory
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) total = add(total, to_float(sum[i]));
-#endif
+  for (int i = 0; i < kChains; ++i) total = add(total, to_float(chain[i].value()));
   keep(total);
   return static_cast<double>(rounds) * kChains * 64 * 2;
 }

@@ -10,7 +10,7 @@ import numpy as np
 from miaotui.accelerate.goals import Goal, Workload, fitted
 from miaotui.accelerate.predict import Predictor
 from miaotui.accelerate.source import Source, examine, grid_of, origin
-from miaotui.accelerate.space import LOOKED_AT, ORIGINAL, Candidate, Serving, Space, make_space
+from miaotui.accelerate.space import LOOKED_AT, ORIGINAL, RECODED, Candidate, Serving, Space, make_space
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.recipe import Calibration, Recipe
 from miaotui.hardware.ceilings import Ceilings
@@ -69,7 +69,9 @@ def test_what_changes_most_of_the_work_is_tried_first() -> None:
 def test_codes_of_8_bits_are_not_tried_where_those_of_4_are_faster() -> None:
     found = space(source(), goal="throughput", isa=AVX2)
     assert all(serving.compute == "auto" for serving in found.servings)
-    assert "twice as fast" in dict(found.dropped)["int8-batch"]
+    assert "twice as fast" in dict(found.dropped)[RECODED]
+    assert RECODED not in dict(space(source(), goal="memory", isa=AVX2).dropped)
+    assert RECODED not in dict(space(source(), goal="throughput").dropped)
 
 
 def test_memory_alone_may_cost_the_screen() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from miaotui.accelerate.attempt import Attempt
 from miaotui.accelerate.card import Technique
 from miaotui.accelerate.search import Outcome
-from miaotui.accelerate.space import DEFAULT, Candidate, Space
+from miaotui.accelerate.space import DEFAULT, RECODED, Candidate, Space
 from miaotui.accelerate.wording import loss_sentence, times
 from miaotui.compress.recipe import parse_scheme
 
@@ -90,9 +90,7 @@ def words(dimension: str, choice: str) -> str:
         case "blocks":
             return "" if choice == "all" else f"{choice} layers left"
         case "compute":
-            return (
-                "steps of many rows on weights recoded to int8" if choice == "int8-batch" else f"{choice} activations"
-            )
+            return RECODED if choice == "int8-batch" else f"{choice} activations"
         case "kv_cache_dtype":
             return f"{choice} cache"
         case "speculative":

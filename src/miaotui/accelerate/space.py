@@ -40,6 +40,8 @@ LEAST_LAYERS, LEAST_BUDGET_TO_CUT = 12, 480.0
 """Models with fewer layers are not cut; nor any in less time, which calibrating and cutting would take up."""
 
 DENSE = ("float16", "bfloat16", "float32")
+RECODED = "steps of many rows on weights recoded to int8"
+"""What `--compute int8-batch` does, for people."""
 NOT_HERE = (
     ("weights in 2 or 3 bits", "this machine's kernels hold them in 4 bits: no byte is saved, and more is lost"),
     ("fp8 weights", "this machine has no kernels that multiply fp8"),
@@ -243,8 +245,8 @@ def _servings(goal: Goal, machine: Machine, dropped: list[tuple[str, str]]) -> I
         "balanced": (512, 1024),
     }[goal]
     computes = ["auto"]
-    if machine.isa_level == "avx2":
-        dropped.append(("int8-batch", "AVX2 alone multiplies codes of 4 bits twice as fast as codes of 8"))
+    if goal != "memory" and machine.isa_level == "avx2":
+        dropped.append((RECODED, "AVX2 alone multiplies codes of 4 bits twice as fast as codes of 8"))
     elif goal != "memory":
         computes.append("int8-batch")
     choices = product(computes, ("auto", "int8"), threads, guesses, sequences, tokens, (goal != "memory",))
