@@ -30,6 +30,7 @@ from miaotui.checkpoint.demo import cache_folder
 from miaotui.cli.probes import native_probes
 from miaotui.hardware import ceilings, detect
 from miaotui.hardware.ceilings import Ceilings
+from miaotui.hardware.processors import affinity
 from miaotui.hardware.sensors import Watch
 from miaotui.measure.peers.alone.peer_runners.worker import Config
 from miaotui.measure.peers.environments import DEFAULT, PEERS, Peer, PeerUnavailableError, install
@@ -91,8 +92,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--shape is for peers that read GGUF: " + ", ".join(p.name for p in PEERS.values() if p.weights == "gguf")
         )
-    if not 1 <= options.threads <= len(detect.affinity()):
-        parser.error(f"--threads: choose from 1 to {len(detect.affinity())}")
+    if not 1 <= options.threads <= len(affinity()):
+        parser.error(f"--threads: choose from 1 to {len(affinity())}")
     plan = QUICK if options.quick else Plan()
     options.plan = plan if options.seconds is None else Plan(options.seconds, plan.least, plan.most)
     chosen = {"compute": options.compute, "kv_cache_dtype": options.kv_cache_dtype}
@@ -237,7 +238,7 @@ def _prober(limits: Ceilings) -> Probe:
 def _one_of_each_core(threads: int) -> list[int]:
     """That many logical processors to run on, each on a core of its own as long as there are cores."""
     cores: dict[str, list[int]] = {}
-    for cpu in detect.affinity():
+    for cpu in affinity():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.setdefault(siblings.read_text() if siblings.exists() else str(cpu), []).append(cpu)
     ranked = sorted((rank, cpu) for core in cores.values() for rank, cpu in enumerate(core))

@@ -65,6 +65,19 @@ std::vector<float> floats(const std::optional<Array1<float>>& a) {
   return std::vector<float>(a->data(), a->data() + a->shape(0));
 }
 
+// (memory node, its processors)
+using SeatTuple = std::pair<int, std::vector<int>>;
+
+std::vector<Seat> seats_of(const std::vector<SeatTuple>& given) {
+  std::vector<Seat> seats;
+  for (const auto& [node, cpus] : given) seats.push_back({node, cpus});
+  return seats;
+}
+
+void new_pool(Pool* self, int threads, const std::vector<SeatTuple>& seats) {
+  new (self) Pool(threads, seats_of(seats));
+}
+
 // ---- weights ---------------------------------------------------------------------------------------------------
 
 std::shared_ptr<PackedWeight> dense_weight(Pool& pool, Heap& heap,
@@ -433,8 +446,8 @@ NB_MODULE(_native, module) {
   module.doc() = "The CPU backend's kernels: panels of packed weights and the recorded program that runs over them.";
 
   nb::class_<Pool>(module, "Pool", "Threads that spin briefly for work and then park.")
-      .def(nb::init<int, const std::vector<int>&>(), "threads"_a, "cpus"_a = std::vector<int>{},
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("__init__", &new_pool, "threads"_a, "seats"_a = std::vector<SeatTuple>{},
+           nb::call_guard<nb::gil_scoped_release>(), "seats: (memory node, its processors) for each thread, or none.")
       .def_prop_ro("threads", &Pool::threads);
 
   nb::class_<Heap>(module, "Heap", "Memory on huge pages where weights lie in the order in which they are packed.")
@@ -522,8 +535,13 @@ NB_MODULE(_native, module) {
         return names;
       },
       "Instruction sets this CPU can run, best first.");
-  module.def("probe_bandwidth", &probe_bandwidth, "threads"_a, "megabytes"_a, "seconds"_a,
-             nb::call_guard<nb::gil_scoped_release>(), "Read bandwidth over `megabytes` in all, GB/s, in each round.");
+  module.def(
+      "probe_bandwidth",
+      [](int threads, double megabytes, double seconds, const std::vector<SeatTuple>& seats) {
+        return probe_bandwidth(threads, megabytes, seconds, seats_of(seats));
+      },
+      "threads"_a, "megabytes"_a, "seconds"_a, "seats"_a = std::vector<SeatTuple>{},
+      nb::call_guard<nb::gil_scoped_release>(), "Read bandwidth over `megabytes` in all, GB/s, in each round.");
   module.def("probe_int8", &probe_int8, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Peak of the int8 dot product, 10^12 multiplies and adds a second (two an element).");
   module.def("probe_fp32", &probe_fp32, "threads"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),

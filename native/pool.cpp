@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <chrono>
+#include <optional>
+#include <stdexcept>
+#include <utility>
 
 #ifdef __linux__
 #include <sched.h>
@@ -23,16 +26,35 @@ inline void relax() {
 #endif
 }
 
-void bind_to(int cpu) {
+// Keeps the calling thread to a seat, until it is destroyed to where the thread might be before. What the kernel
+// refuses leaves the thread where it is.
+class Seated {
+ public:
+  explicit Seated(const Seat& seat) {
 #ifdef __linux__
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  sched_setaffinity(0, sizeof set, &set);  // a refusal leaves the thread where the kernel wants it
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int cpu : seat.cpus)
+      if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+    moved_ = sched_getaffinity(0, sizeof before_, &before_) == 0 && sched_setaffinity(0, sizeof set, &set) == 0;
 #else
-  (void)cpu;
+    (void)seat;
 #endif
-}
+  }
+  ~Seated() {
+#ifdef __linux__
+    if (moved_) sched_setaffinity(0, sizeof before_, &before_);
+#endif
+  }
+  Seated(const Seated&) = delete;
+  Seated& operator=(const Seated&) = delete;
+
+ private:
+#ifdef __linux__
+  cpu_set_t before_;
+  bool moved_ = false;
+#endif
+};
 
 long current_process() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -56,12 +78,11 @@ void Pool::wait_a_little(int round) {
     std::this_thread::yield();
 }
 
-Pool::Pool(int threads, const std::vector<int>& cpus)
-    : threads_(threads < 1 ? 1 : threads), process_(current_process()) {
-  for (int i = 1; i < threads_; ++i) {
-    const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(i) % cpus.size()];
-    workers_.emplace_back([this, i, cpu] { worker(i, cpu); });
-  }
+Pool::Pool(int threads, std::vector<Seat> seats)
+    : threads_(threads < 1 ? 1 : threads), seats_(std::move(seats)), process_(current_process()) {
+  if (!seats_.empty() && seats_.size() != static_cast<size_t>(threads_))
+    throw std::invalid_argument("a pool has a seat for each thread, or none");
+  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
 }
 
 // A forked child has the pool but not its threads: there is no one to stop, and joining would wait for ever.
@@ -96,8 +117,9 @@ bool Pool::wait_for_work(uint64_t seen) {
   return !stop_.load();
 }
 
-void Pool::worker(int thread, int cpu) {
-  if (cpu >= 0) bind_to(cpu);
+void Pool::worker(int thread) {
+  std::optional<Seated> seated;
+  if (!seats_.empty()) seated.emplace(seats_[static_cast<size_t>(thread)]);
   uint64_t seen = 0;
   while (wait_for_work(seen)) {
     seen = epoch_.load(std::memory_order_acquire);
@@ -107,6 +129,8 @@ void Pool::worker(int thread, int cpu) {
 }
 
 void Pool::run(void (*job)(void*, int), void* context) {
+  std::optional<Seated> seated;
+  if (!seats_.empty()) seated.emplace(seats_[0]);
   job_ = job;
   context_ = context;
   if (threads_ == 1) return job(context, 0);

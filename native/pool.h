@@ -9,17 +9,21 @@
 #include <thread>
 #include <vector>
 
+#include "numa.h"
+
 namespace miaotui {
 
 class Pool {
  public:
-  // `threads` includes the caller of run(), which is thread 0. Thread i is bound to cpus[i] when cpus is not empty.
-  explicit Pool(int threads, const std::vector<int>& cpus = {});
+  // `threads` includes the caller of run(), which is thread 0. With seats, one for each thread, thread i keeps to
+  // seats[i], the caller for as long as run() takes; without, the kernel has its way.
+  explicit Pool(int threads, std::vector<Seat> seats = {});
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return threads_; }
+  const std::vector<Seat>& seats() const { return seats_; }
 
   // Calls job(context, thread) on every thread and returns when all are done. One caller at a time.
   void run(void (*job)(void*, int), void* context);
@@ -50,10 +54,11 @@ class Pool {
 
  private:
   static void wait_a_little(int round);
-  void worker(int thread, int cpu);
+  void worker(int thread);
   bool wait_for_work(uint64_t seen);
 
   const int threads_;
+  const std::vector<Seat> seats_;
   const long process_;
   std::vector<std::thread> workers_;
   void (*job_)(void*, int) = nullptr;

@@ -25,10 +25,9 @@ const ProbeKernels& best() {
 
 // What each round did in a second; at least one. `work` returns its amount.
 template <typename F>
-std::vector<double> rates(int threads, double seconds, F&& work) {
+std::vector<double> rates(Pool& pool, double seconds, F&& work) {
   using Clock = std::chrono::steady_clock;
-  Pool pool(threads);
-  std::vector<double> done(static_cast<size_t>(threads));
+  std::vector<double> done(static_cast<size_t>(pool.threads()));
   std::vector<double> found;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   do {
@@ -47,23 +46,26 @@ double best_of(const std::vector<double>& rates) { return *std::max_element(rate
 
 }  // namespace
 
-std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds) {
-  const size_t share = round_up(static_cast<size_t>(megabytes * 1e6 / threads), 4096);
+std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds, const std::vector<Seat>& seats) {
+  const size_t share = round_up(static_cast<size_t>(megabytes * 1e6 / threads), seats.empty() ? 4096 : 2 << 20);
   Memory memory(share * static_cast<size_t>(threads));
-  std::memset(memory.data(), 1, memory.bytes());
-  std::vector<double> found = rates(threads, seconds, [&](int t) {
-    return best().read(memory.data() + share * static_cast<size_t>(t), static_cast<long>(share));
-  });
+  auto own = [&](int t) { return memory.data() + share * static_cast<size_t>(t); };
+  Pool pool(threads, seats);
+  pool.each([&](int t) { std::memset(own(t), 1, share); });  // who writes memory first has it beside him
+  std::vector<double> found =
+      rates(pool, seconds, [&](int t) { return best().read(own(t), static_cast<long>(share)); });
   for (double& rate : found) rate /= 1e9;
   return found;
 }
 
 double probe_int8(int threads, double seconds) {
-  return best_of(rates(threads, seconds, [](int) { return best().int8(200000); })) / 1e12;
+  Pool pool(threads);
+  return best_of(rates(pool, seconds, [](int) { return best().int8(200000); })) / 1e12;
 }
 
 double probe_fp32(int threads, double seconds) {
-  return best_of(rates(threads, seconds, [](int) { return best().fp32(200000); })) / 1e12;
+  Pool pool(threads);
+  return best_of(rates(pool, seconds, [](int) { return best().fp32(200000); })) / 1e12;
 }
 
 }  // namespace miaotui

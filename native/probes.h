@@ -3,11 +3,14 @@
 
 #include <vector>
 
+#include "numa.h"
+
 namespace miaotui {
 
-std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds);  // GB/s read, in each round
-double probe_int8(int threads, double seconds);                                      // TOPS
-double probe_fp32(int threads, double seconds);                                      // TFLOP/s
+// GB/s read, in each round: every thread reads memory of its own, which is beside its seat.
+std::vector<double> probe_bandwidth(int threads, double megabytes, double seconds, const std::vector<Seat>& seats);
+double probe_int8(int threads, double seconds);  // TOPS
+double probe_fp32(int threads, double seconds);  // TFLOP/s
 
 // The inner loops, by instruction set: operations (or bytes) done in one call.
 struct ProbeKernels {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <stdexcept>
 
 namespace miaotui {
@@ -82,6 +83,34 @@ void Program::finish() {
   context_.attention_scratch = attention_scratch_.data();
   context_.scratch.clear();
   for (int t = 0; t < threads(); ++t) context_.scratch.push_back(scratch_.data() + scratch * static_cast<size_t>(t));
+  settle();
+}
+
+void Program::settle() {
+  const std::vector<Seat>& seats = pool_->seats();
+  if (std::all_of(seats.begin(), seats.end(), [&](const Seat& seat) { return seat.node == seats[0].node; })) return;
+  std::map<const Weight*, std::vector<std::pair<int, int>>> readers;  // (panels, node), one after another
+  for (const int rows : {1, limits_.max_tokens}) {                    // with more rows, recoded weights are read
+    Context step = context_;
+    step.step.tokens = step.step.rows = rows;
+    std::map<const Weight*, std::vector<std::pair<int, int>>> found;
+    for (const auto& op : ops_)
+      for (int t = 0; t < threads(); ++t)
+        op->reads(step, t, [&](const Weight& weight, int first, int last) {
+          found[&weight].emplace_back(last - first, seats[static_cast<size_t>(t)].node);
+        });
+    readers.merge(found);
+  }
+  for (const auto& [weight, shares] : readers) {
+    auto move = [&shares = shares](const uint8_t* begin, size_t panel_bytes) {
+      std::vector<Reader> parts;
+      for (const auto& [panels, node] : shares) parts.push_back({static_cast<size_t>(panels) * panel_bytes, node});
+      move_to_readers(begin, parts);
+    };
+    move(weight->codes, weight->panel_bytes);
+    move(weight->scales, weight->panel_scale_bytes);
+    if (weight->has_min) move(weight->mins, weight->panel_scale_bytes);
+  }
 }
 
 void Program::needs_cache(int layer, LayerCache* cache, size_t bytes) {

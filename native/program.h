@@ -4,6 +4,7 @@
 // nothing is allocated. Between two ops stands a barrier unless the first says that none is needed.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -58,6 +59,11 @@ class Op {
 
   // After every thread has run the last op of a step, on one of them.
   virtual void after(const Context&) {}
+
+  // Names the panels [first, last) of every weight that a thread always reads: read(weight, first, last). Threads in
+  // turn read all panels, in ascending order.
+  using Read = std::function<void(const Weight&, int, int)>;
+  virtual void reads(const Context&, int /*thread*/, const Read&) const {}
 
   virtual bool streams_weights() const { return false; }
   // From now on, note the greatest of each row of results; false where it cannot.
@@ -130,6 +136,7 @@ class Program {
 
  private:
   void replay(int thread);
+  void settle();  // moves weights to the memory beside the threads that read them
   void look_ahead();
   uint8_t* block_at(int64_t block) const;  // throws std::out_of_range
 

@@ -188,14 +188,20 @@ void LinearOp::multiply(const Context& c, const PreparedRows& from, int thread, 
   multiply(c, args, first, last, scratch);
 }
 
-// Panels [first, last) of all parts, counted through.
-void LinearOp::multiply(const Context& c, LinearArgs& args, int first, int last, float* scratch) const {
+template <typename F>
+void LinearOp::for_parts(int first, int last, F&& f) const {
   int begin = 0;
   for (size_t i = 0; i < (gated ? 1 : parts.size()); ++i) {
-    const Part& part = parts[i];
-    const int from_panel = std::max(first - begin, 0), to_panel = std::min(last - begin, part.weight->panels);
-    begin += part.weight->panels;
-    if (from_panel >= to_panel) continue;
+    const int panels = parts[i].weight->panels;
+    const int from = std::max(first - begin, 0), to = std::min(last - begin, panels);
+    begin += panels;
+    if (from < to) f(parts[i], from, to);
+  }
+}
+
+// Panels [first, last) of all parts, counted through.
+void LinearOp::multiply(const Context& c, LinearArgs& args, int first, int last, float* scratch) const {
+  for_parts(first, last, [&](const Part& part, int from_panel, int to_panel) {
     args.weight = &weight_of(c, part);
     args.integer = quantised && part.weight->integer();
     args.act = act;
@@ -211,7 +217,16 @@ void LinearOp::multiply(const Context& c, LinearArgs& args, int first, int last,
     args.epilogue.out = out.data + part.column;
     args.epilogue.out_stride = static_cast<size_t>(out.stride);
     c.kernels->linear(args, from_panel, to_panel, scratch);
-  }
+  });
+}
+
+void LinearOp::reads(const Context& c, int thread, const Read& read) const {
+  int first, last;
+  share(c, thread, first, last);
+  for_parts(first, last, [&](const Part& part, int from_panel, int to_panel) {
+    read(weight_of(c, part), from_panel, to_panel);
+    if (gated) read(weight_of(c, parts[1]), from_panel, to_panel);
+  });
 }
 
 bool ask_for(const Weight& w, int first, int last, size_t from, size_t to) {
@@ -230,23 +245,18 @@ bool ask_for(const Weight& w, int first, int last, size_t from, size_t to) {
 
 bool LinearOp::prefetch(const Context& c, int thread, size_t from, size_t to) const {
   if (c.step.tokens > kPreparedByEach) return false;
-  int first, last, begin = 0;
+  int first, last;
   share(c, thread, first, last);
   bool any = false;
-  if (gated) {  // of the gate's, and as much of the up's
-    for (const Part& part : parts) any |= ask_for(*part.weight, first, last, from / 2, to / 2);
-    return any;
-  }
-  for (const Part& part : parts) {
-    const Weight& w = *part.weight;
-    const int first_panel = std::max(first - begin, 0), last_panel = std::min(last - begin, w.panels);
-    begin += w.panels;
-    if (first_panel >= last_panel) continue;
-    any |= ask_for(w, first_panel, last_panel, from, to);
-    const size_t bytes = static_cast<size_t>(last_panel - first_panel) * w.panel_bytes;
-    if (to <= bytes) break;
-    from = from > bytes ? from - bytes : 0, to -= bytes;
-  }
+  for_parts(first, last, [&](const Part& part, int from_panel, int to_panel) {
+    if (gated) {  // of the gate's, and as much of the up's
+      for (const Part& each : parts) any |= ask_for(*each.weight, from_panel, to_panel, from / 2, to / 2);
+      return;
+    }
+    const size_t bytes = static_cast<size_t>(to_panel - from_panel) * part.weight->panel_bytes;
+    if (to > 0) any |= ask_for(*part.weight, from_panel, to_panel, from, to);
+    from = from > bytes ? from - bytes : 0, to = to > bytes ? to - bytes : 0;
+  });
   return any;
 }
 

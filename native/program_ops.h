@@ -81,6 +81,7 @@ struct LinearOp : Op {
   int phases(const Context& c) const override { return prepares(c) && rows(c) > kPreparedByEach ? 2 : 1; }
   void run(const Context& c, int phase, int thread) const override;
   bool prefetch(const Context& c, int thread, size_t from, size_t to) const override;
+  void reads(const Context& c, int thread, const Read& read) const override;
   bool streams_weights() const override { return true; }
   bool note_greatest() override { return greatest = of_logits && !gated && parts.size() == 1; }
   size_t workspace_bytes(const Limits& limits) const override;
@@ -108,6 +109,9 @@ struct LinearOp : Op {
   bool float_rows() const;  // whether float rows must be written (normed, permuted or padded) rather than read in place
   bool prepares(const Context&) const { return !handed && (any_integer() || float_rows()); }
   void share(const Context& c, int thread, int& first, int& last) const;  // of all parts' panels, counted through
+  // f(part, first, last) for the panels [first, last) of all parts, counted through; with `gated` those of the gate.
+  template <typename F>
+  void for_parts(int first, int last, F&& f) const;
   const Weight& weight_of(const Context& c, const Part& part) const { return wide(c) ? *part.wide : *part.weight; }
   int k_pad() const { return parts[0].weight->k_pad; }
   PreparedRows prepared_in(uint8_t* memory, int rows) const;

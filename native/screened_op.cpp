@@ -241,6 +241,13 @@ bool ScreenedOp::prefetch(const Context& c, int thread, size_t from, size_t to) 
   return ask_for(screen->coarse.view, first, last, from, to);
 }
 
+void ScreenedOp::reads(const Context& c, int thread, const Read& read) const {
+  LinearOp::reads(c, thread, read);
+  int first, last;
+  share_of(head().panels, thread, c.threads, first, last);
+  if (screen) read(screen->coarse.view, first, last);
+}
+
 // Where bounds let too many panels through, as where all logits are alike, the head is read as ever for a while.
 void ScreenedOp::after(const Context& c) {
   if (resting_) {

@@ -13,6 +13,7 @@ struct ScreenedOp : LinearOp {
   int phases(const Context& c) const override { return screens(c) ? 2 : LinearOp::phases(c); }
   void run(const Context& c, int phase, int thread) const override;
   bool prefetch(const Context& c, int thread, size_t from, size_t to) const override;
+  void reads(const Context& c, int thread, const Read& read) const override;
   void after(const Context& c) override;
   size_t workspace_bytes(const Limits& limits) const override;
   size_t scratch_bytes() const override;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from miaotui.backends.cpu import _native
 from miaotui.backends.cpu.weights import Matrix, matrix
 from miaotui.backends.reference.weights import recoded, turned
+from miaotui.hardware.processors import Seat
 from miaotui.quant.scheme import QuantScheme
 from miaotui.quant.tensor import BlockTensor, DenseTensor, GroupedTensor, Tensor
 
@@ -56,9 +58,15 @@ class LinearProgram:
     """A program of one linear over given rows, driven by way of an embedding whose table is the rows."""
 
     def __init__(
-        self, isa: str, rows: NDArray[np.float32], weight: Matrix, threads: int = 2, **options: object
+        self,
+        isa: str,
+        rows: NDArray[np.float32],
+        weight: Matrix,
+        threads: int = 2,
+        seats: Sequence[Seat] = (),
+        **options: object,
     ) -> None:
-        pool = _native.Pool(threads)
+        pool = _native.Pool(threads, seats)
         count, width = rows.shape
         self.count, self.height = count, weight.height
         before, after = _native.row_stride(width), _native.row_stride(weight.height)

@@ -75,3 +75,13 @@ def test_an_estimate_of_the_weights(more: dict[str, Any], bytes_each: float) -> 
     layers = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
     expected = layers * bytes_each + tables * max(2, bytes_each)
     assert weight_bytes_of(spec, config) == pytest.approx(expected)
+
+
+def test_kernels_that_do_not_run_here_are_told() -> None:
+    kept = {key: value for key, value in os.environ.items() if key != "MIAOTUI_ISA"}
+    for named, told in (("avx1024", True), ("portable", False)):
+        command = [sys.executable, "-m", "miaotui.cli.main", "doctor", "--json"]
+        environment = {**kept, "PYTHONPATH": SOURCE, "MIAOTUI_ISA": named}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+        lacks = {lack["what"]: lack["command"] for lack in json.loads(done.stdout)["missing"]}
+        assert (lacks.get("kernels 'avx1024', which MIAOTUI_ISA names") == "unset MIAOTUI_ISA") is told

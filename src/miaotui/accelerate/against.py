@@ -22,6 +22,7 @@ from miaotui.compress.recipe import Recipe
 from miaotui.errors import MiaotuiError
 from miaotui.hardware import detect
 from miaotui.hardware.ceilings import Ceilings
+from miaotui.hardware.processors import affinity
 from miaotui.hardware.sensors import glance
 from miaotui.measure.intervals import Estimate
 from miaotui.measure.peers import environments, pairs
@@ -125,7 +126,7 @@ class Against:
         threads = detect.usable_cores()
         streams = max(regime.streams for regime in regimes)
         length = -(-max(regime.prompt + regime.new_tokens for regime in regimes) // 256) * 256
-        config = Config(weights, threads, detect.affinity()[:threads], streams, length, dict(options))
+        config = Config(weights, threads, affinity()[:threads], streams, length, dict(options))
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         return Worker(f"peer_runners.{runner}", python, config, logs / f"{runner}.log")

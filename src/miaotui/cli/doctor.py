@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -118,6 +119,9 @@ def _missing(machine: Machine, native_complaint: str | None) -> Iterator[dict[st
 
     if native_complaint is not None:
         yield _lack(native_complaint, "everything on a CPU", "pip install --force-reinstall miaotui  (make build)")
+    named = os.environ.get("MIAOTUI_ISA")
+    if named and named != machine.isa_level:
+        yield _lack(f"kernels {named!r:.40}, which MIAOTUI_ISA names", "running on this processor", "unset MIAOTUI_ISA")
     try:
         torch = version("torch")
     except PackageNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miaotui.errors import DependencyError
 from miaotui.hardware.ceilings import Probes
+from miaotui.hardware.processors import seats
 
 
 def native_probes() -> Probes:
@@ -14,4 +15,9 @@ def native_probes() -> Probes:
         raise DependencyError(
             f"The native kernels cannot be loaded: {error}.", "Reinstall miaotui, or run `make build` in a checkout."
         ) from error
-    return Probes(native.probe_bandwidth, native.probe_int8, native.probe_fp32)
+
+    def bandwidth(threads: int, megabytes: int, seconds: float) -> list[float]:
+        rates: list[float] = native.probe_bandwidth(threads, megabytes, seconds, seats(threads))
+        return rates
+
+    return Probes(bandwidth, native.probe_int8, native.probe_fp32)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from miaotui.hardware import cgroups
-from miaotui.hardware.cgroups import ROOT, read_int, read_text
+from miaotui.hardware.cgroups import ROOT, read_text
 from miaotui.hardware.gpus import Gpu, find_gpus
+from miaotui.hardware.processors import affinity, memory_nodes, physical_cores
 
 ISA_NAMES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx_vnni",
@@ -50,6 +51,7 @@ class Machine:
     caches: dict[str, int]
     """One instance's size by level: `L1d`, `L1i`, `L2`, `L3`."""
     numa_nodes: int
+    """Memory nodes beside those processors."""
     memory: int
     """What the machine has, or the control group's limit when that is less."""
     system: str
@@ -96,27 +98,20 @@ def detect(root: Path = ROOT) -> Machine:
         cpu=name,
         architecture=platform.machine(),
         isa=tuple(isa for isa in ISA_NAMES if isa in flags),
-        cores=_physical_cores(cpus, root),
+        cores=physical_cores(cpus, root),
         threads=len(cpus),
         quota=cgroups.cpu_quota(root),
         caches=_caches(root),
-        numa_nodes=max(1, len(list((root / "sys/devices/system/node").glob("node[0-9]*")))),
+        numa_nodes=max(1, len(memory_nodes(cpus, root))),
         memory=total_memory(root),
         system=f"{platform.system()} {platform.release()}",
         gpus=tuple(find_gpus()),
     )
 
 
-def affinity() -> list[int]:
-    """The logical processors that this process may be scheduled on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def usable_cores(root: Path = ROOT) -> int:
     """Physical cores within affinity and quota: the default number of compute threads. Cheap; asks no GPU."""
-    cores, quota = _physical_cores(affinity(), root), cgroups.cpu_quota(root)
+    cores, quota = physical_cores(affinity(), root), cgroups.cpu_quota(root)
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
@@ -154,13 +149,6 @@ def _cpuinfo(root: Path) -> tuple[str, set[str]]:
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, set((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def _physical_cores(cpus: list[int], root: Path) -> int:
-    """Distinct (package, core) pairs among `cpus`; hyper-threads of one core count once."""
-    topology = [root / f"sys/devices/system/cpu/cpu{cpu}/topology" for cpu in cpus]
-    pairs = {(read_int(folder / "physical_package_id"), read_int(folder / "core_id")) for folder in topology}
-    return len(cpus) if any(core is None for _, core in pairs) else len(pairs)
 
 
 def _caches(root: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miaotui.hardware.cgroups import ROOT, read_int, read_text
-from miaotui.hardware.detect import affinity
+from miaotui.hardware.processors import affinity
 
 BUSY = 0.15
 """Cores' worth of other work from which a measurement is called disturbed."""

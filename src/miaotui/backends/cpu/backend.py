@@ -19,6 +19,7 @@ from miaotui.backends.cpu.weights import Matrix, WeightStore, screen_of
 from miaotui.backends.ops import CacheSpec, ComputeType, Ops, OpWork, Rope, Step, StepShape
 from miaotui.errors import ResourceError, UsageError
 from miaotui.hardware import detect
+from miaotui.hardware.processors import seats
 
 SCREEN_LEAST = 0.05
 """Of what a step reads, the least that a screen must save: it takes memory."""
@@ -74,7 +75,7 @@ class CpuBackend:
         self._fuse = fuse
         self._wants_screen = screen
         self._store = store
-        self._pool = beside.pool if beside is not None else _native.Pool(threads or detect.usable_cores())
+        self._pool = beside.pool if beside is not None else _pool(threads or detect.usable_cores())
         self._ops = CpuOps(self._pool, store)
 
     @property
@@ -219,6 +220,10 @@ class CpuExecutor:
 
     def close(self) -> None:
         del self._last, self._logits, self._program, self.pool
+
+
+def _pool(threads: int) -> _native.Pool:
+    return _native.Pool(threads, seats(threads))
 
 
 def _ropes(nodes: list[Node]) -> list[Rope]:
