@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from miaotui.engine.engine import EngineStats
 from miaotui.engine.request import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from miaotui.engine.stats import EngineStats
 from miaotui.serve.metrics import Metrics
 
 ROUNDS = 7

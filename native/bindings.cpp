@@ -391,8 +391,9 @@ bool screening(Program& program) {
 
 // ---- running ---------------------------------------------------------------------------------------------------
 
-void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Array1<int32_t> query_start,
-         Array1<int32_t> context_len, Array2<int32_t> block_table, Array1<int32_t> logits_rows, bool greedy) {
+StepView step_of(const Array1<int32_t>& tokens, const Array1<int32_t>& positions, const Array1<int32_t>& query_start,
+                 const Array1<int32_t>& context_len, const Array2<int32_t>& block_table,
+                 const Array1<int32_t>& logits_rows, bool greedy) {
   StepView step;
   step.tokens = static_cast<int32_t>(tokens.shape(0));
   step.seqs = static_cast<int32_t>(context_len.shape(0));
@@ -404,8 +405,23 @@ void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Ar
   step.token_ids = tokens.data(), step.positions = positions.data(), step.query_start = query_start.data();
   step.context_len = context_len.data(), step.block_table = block_table.data(), step.logits_rows = logits_rows.data();
   step.greedy = greedy;
+  return step;
+}
+
+void run(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Array1<int32_t> query_start,
+         Array1<int32_t> context_len, Array2<int32_t> block_table, Array1<int32_t> logits_rows, bool greedy) {
+  const StepView step = step_of(tokens, positions, query_start, context_len, block_table, logits_rows, greedy);
   nb::gil_scoped_release release;
   program.run(step);
+}
+
+int run_on(Program& program, Array1<int32_t> tokens, Array1<int32_t> positions, Array1<int32_t> query_start,
+           Array1<int32_t> context_len, Array2<int32_t> block_table, Array1<int32_t> logits_rows,
+           const std::vector<int32_t>& ends, nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> chosen) {
+  const StepView step = step_of(tokens, positions, query_start, context_len, block_table, logits_rows, true);
+  if (chosen.shape(1) != context_len.shape(0)) throw std::invalid_argument("chosen has a column for each sequence");
+  nb::gil_scoped_release release;
+  return program.run_on(step, static_cast<int>(chosen.shape(0)), ends, chosen.data());
 }
 
 // None where one of them was not noted.
@@ -514,6 +530,9 @@ NB_MODULE(_native, module) {
       .def_prop_ro("block_bytes", &Program::block_bytes)
       .def("run", &run, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a, "logits_rows"_a,
            "greedy"_a = false)
+      .def("run_on", &run_on, "tokens"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_table"_a,
+           "logits_rows"_a, "ends"_a, "chosen"_a, "Greedy steps; the number of rows of `chosen` that were filled.")
+      .def_prop_ro("notes_greatest", &Program::notes_greatest, "Whether greedy steps can run on.")
       .def("screen_share", &screen_share, "What a screen would read of the head, of what that is; None: it has none.")
       .def("screen", &screen_head, "screen"_a, "Before finish().")
       .def_prop_ro("screening", &screening, "Whether a greedy step of one row goes by way of the screen.")

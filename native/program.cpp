@@ -186,6 +186,28 @@ void Program::run(const StepView& step) {
   if (profiling_) ++profiled_runs_;
 }
 
+int Program::run_on(const StepView& first, int steps, const std::vector<int32_t>& ends, int32_t* chosen) {
+  if (first.tokens != first.seqs || first.rows != first.seqs || !first.greedy || !notes_greatest())
+    throw std::invalid_argument("only greedy steps of one token a sequence run on");
+  const size_t count = static_cast<size_t>(first.seqs);
+  ids_.assign(first.token_ids, first.token_ids + count);
+  positions_.assign(first.positions, first.positions + count);
+  lengths_.assign(first.context_len, first.context_len + count);
+  StepView step = first;
+  step.token_ids = ids_.data(), step.positions = positions_.data(), step.context_len = lengths_.data();
+  for (int done = 1; done <= steps; ++done, chosen += count) {
+    run(step);
+    bool ended = false;
+    for (size_t s = 0; s < count; ++s) {
+      ids_[s] = chosen[s] = likeliest(static_cast<int>(s));
+      ++positions_[s], ++lengths_[s];
+      ended |= std::find(ends.begin(), ends.end(), chosen[s]) != ends.end();
+    }
+    if (ended) return done;
+  }
+  return steps;
+}
+
 // Each thread's share of what every layer's attention reads of the cache. With few rows the linears themselves wait for
 // memory; and what would not stay in the caches is not worth asking for.
 void Program::look_ahead() {

@@ -115,6 +115,13 @@ class Program {
   // The step's arrays stay the caller's; throws std::invalid_argument when it exceeds the limits.
   void run(const StepView& step);
 
+  // Greedy steps, `steps` at the most, of sequences that have one new token each: in the next step it is the greatest
+  // of its logits. `chosen` [steps][seqs] gets these; the last step is the first in which one of them is among `ends`.
+  // Returns the number of steps. The block table must have room for all of them; throws std::invalid_argument where the
+  // greatest are not noted.
+  int run_on(const StepView& first, int steps, const std::vector<int32_t>& ends, int32_t* chosen);
+  bool notes_greatest() const { return context_.greatest.value != nullptr; }
+
   // The column of the greatest of row `row` of the last run's logits, the first of equals, 0 where none is a number; -1
   // where that is not known.
   int likeliest(int row) const;
@@ -157,6 +164,7 @@ class Program {
   Memory cache_;
   int64_t blocks_ = 0;
   std::vector<int32_t> seq_of_token_;
+  std::vector<int32_t> ids_, positions_, lengths_;  // of a step that runs on
   Context context_;
   bool profiling_ = false;
   long profiled_runs_ = 0;

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from miaotui.engine.engine import MOST_STEPS
 from miaotui.engine.params import SamplingParams
 from miaotui.errors import RequestError
 from tests.engine.toys import EOS, finish, naive_greedy, toy_engine
@@ -122,8 +123,10 @@ def test_cancelled_requests_leave_nothing_behind() -> None:
     assert engine.stats.finished == {"stop": 0, "length": 1, "abort": 2}
 
 
-def test_a_stream_adds_up_to_the_whole() -> None:
-    engine = toy_engine(eos=(EOS,))
+@pytest.mark.parametrize("runs_on", [False, True])
+def test_a_stream_adds_up_to_the_whole(runs_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miaotui.engine.engine._AT_ONCE", 60.0)
+    engine = toy_engine(eos=(EOS,), runs_on=runs_on)
     whole_id = engine.add_request("hello", GREEDY)
     whole = finish(engine)[whole_id].outputs[0]
     stream_id = engine.add_request("hello", GREEDY, stream=True)
@@ -135,7 +138,7 @@ def test_a_stream_adds_up_to_the_whole() -> None:
             tokens += output.outputs[0].token_ids
             steps += 1
     assert (text, tokens) == (whole.text, whole.token_ids)
-    assert steps == len(tokens)
+    assert steps == (len(tokens) if not runs_on else 1 + -(-(len(tokens) - 1) // MOST_STEPS))
 
 
 def test_the_end_token_ends_and_is_not_shown() -> None:

@@ -34,16 +34,17 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(9, 30), seqs=st.integers(1, 5), budget=st.integers(1, 50), prefix=st.booleans(),
         rows=st.integers(0, 3), slots=st.integers(0, 12),
-        guesses=st.sampled_from([None, None, "look-up", "twin", "scatterbrain"]),
+        guesses=st.sampled_from([None, None, "look-up", "twin", "scatterbrain"]), runs_on=st.booleans(),
     )  # fmt: skip
     def begin(
-        self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int, slots: int, guesses: str | None
-    ) -> None:
+        self, blocks: int, seqs: int, budget: int, prefix: bool, rows: int, slots: int, guesses: str | None,
+        runs_on: bool,
+    ) -> None:  # fmt: skip
         self.folder = TemporaryDirectory()
         file = Path(self.folder.name) / "prefixes" if slots and prefix else None
         self.make = lambda: toy_engine(
             blocks=blocks, seqs=seqs, budget=budget, prefix=prefix, rows=seqs + rows, max_model_len=144,
-            file=file, slots=slots, speculator=speculator(guesses, blocks, seqs, budget),
+            file=file, slots=slots, speculator=speculator(guesses, blocks, seqs, budget), runs_on=runs_on,
         )  # fmt: skip
         self.engine = self.make()
         self.prompts: dict[str, list[int]] = {}

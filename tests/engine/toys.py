@@ -7,6 +7,7 @@ that was overwritten, not copied or wrongly shared gives other logits, and so ot
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class ToyExecutor:
     block_bytes = BLOCK_SIZE * 4
     cache_format = "toy"
 
-    def __init__(self, shape: StepShape, vocab: int = VOCAB, sharpness: float = 3.0) -> None:
+    def __init__(self, shape: StepShape, vocab: int = VOCAB, sharpness: float = 3.0, *, runs_on: bool = False) -> None:
         self.shape = shape
         self.vocab_size = vocab
         self._sharpness = sharpness
@@ -61,6 +62,7 @@ class ToyExecutor:
         self.tokens_run = 0
         self.copies = 0
         self.closed = False
+        self.runs_on = runs_on
         self._greatest: list[int] | None = None
 
     def free_memory(self) -> int:
@@ -87,6 +89,26 @@ class ToyExecutor:
                     position = int(context) - (end - row)
                     logits.append(history_logits(history[: position + 1].tolist(), self.vocab_size, self._sharpness))
         return self._answer(step, np.array(logits, np.float32).reshape(len(logits), self.vocab_size))
+
+    def run_on(self, step: Step, steps: int, ends: Many[int]) -> NDArray[np.int32]:
+        """Each step as the engine would have it run alone, with no more of the table than it needs."""
+        table = step.block_table
+        held = -(-(step.context_len + steps - 1) // BLOCK_SIZE)
+        assert all((table[s, blocks:] == 0).all() for s, blocks in enumerate(held)), "the table holds too much"
+        assert step.greedy
+        assert len(step.tokens) == len(step.context_len) == len(step.logits_rows)
+        chosen: list[list[int]] = []
+        for _ in range(steps):
+            needed = -(-step.context_len // BLOCK_SIZE)
+            step = replace(step, block_table=np.where(np.arange(table.shape[1]) < needed[:, None], table, 0))
+            self.run(step)
+            assert self._greatest is not None
+            chosen.append(self._greatest)
+            if not set(ends).isdisjoint(chosen[-1]):
+                break
+            tokens = np.array(chosen[-1], np.int32)
+            step = replace(step, tokens=tokens, positions=step.positions + 1, context_len=step.context_len + 1)
+        return np.array(chosen, np.int32)
 
     def _answer(self, step: Step, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """A greedy step's logits are good for nothing; only the greatest is told."""
@@ -156,6 +178,7 @@ def toy_engine(
     file: Path | None = None,
     slots: int = 0,
     speculator: Speculator | None = None,
+    runs_on: bool = True,
 ) -> Engine:
     """`file` pages idle prefixes to that file, with so many slots."""
     shape = StepShape(max_tokens=budget, max_seqs=seqs, max_logits_rows=rows or seqs, max_model_len=max_model_len)
@@ -167,7 +190,7 @@ def toy_engine(
         enable_prefix_caching=prefix,
         eos_token_ids=eos,
     )
-    executor = ToyExecutor(shape, vocab, sharpness)
+    executor = ToyExecutor(shape, vocab, sharpness, runs_on=runs_on)
     pager = None
     if file is not None:
         found = open_prefix_file(file, 4096 + slots * (executor.block_bytes + 32), executor.block_bytes, bytes(32))

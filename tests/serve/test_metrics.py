@@ -16,9 +16,9 @@ from openai import OpenAI
 from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from miaotui.engine.engine import EngineStats
 from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from miaotui.engine.stats import EngineStats
 from miaotui.serve import metrics as module
 from miaotui.serve.app import create_app
 from miaotui.serve.metrics import Histogram, Metrics

@@ -253,6 +253,18 @@ class Executor(Protocol):
         """Run one step; logits `[rows, vocabulary]`, valid until the next run."""
         ...
 
+    runs_on: bool
+    """Whether it knows `run_on`."""
+
+    def run_on(self, step: Step, steps: int, ends: Sequence[int]) -> NDArray[np.int32]:
+        """Run a greedy step of one token a sequence, and up to `steps` - 1 like it, in each of which every sequence's
+        token is the greatest of its logits in the one before, the first of equals.
+
+        Returns these, `[steps that ran, sequences]`; the last step is the first that gave one of `ends`. The block
+        table must have room for all steps.
+        """
+        ...
+
     def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
         """Of these rows of `logits` the greatest's column, the first of equals, where that was noted on the way.
 

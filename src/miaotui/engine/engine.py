@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -26,44 +26,13 @@ from miaotui.engine.request import FinishReason, Request, RequestOutput, Sequenc
 from miaotui.engine.sampler import Choice, Sampler
 from miaotui.engine.scheduler import Limits, Schedule, Scheduler
 from miaotui.engine.speculate import Speculator
+from miaotui.engine.stats import EngineStats
 from miaotui.model.tokenizer import Tokenizer
 
 Logits = NDArray[np.float32]
 
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A moment's picture of the engine. Counts are since its beginning; prefix figures are in tokens."""
-
-    running: int
-    waiting: int
-    blocks: int
-    blocks_in_use: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    blocks_paged_out: int
-    """Blocks written to the prefix cache file."""
-    blocks_paged_in: int
-    drafts: int
-    """Guesses of speculation, each of one token or more."""
-    tokens_drafted: int
-    """Tokens that speculation proposed, and how many of them came true."""
-    drafts_accepted: int
-    accepted_by_position: tuple[int, ...]
-    """Of `drafts_accepted`, how many were a guess's first token, its second, …; empty without speculation."""
-    steps: int
-    step_tokens: int
-    """Tokens that went through the model: prompts without what the prefix cache had, answers, guesses, recomputed."""
-    prompt_tokens: int
-    """Of the requests that have begun to run, cached ones included."""
-    generated_tokens: int
-    finished: dict[FinishReason, int]
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of the cache that is held, 0 to 1."""
-        return self.blocks_in_use / self.blocks
+_AT_ONCE, MOST_STEPS = 0.01, 16
+"""Seconds of steps that run at once, and the most of these steps."""
 
 
 class Engine:
@@ -105,6 +74,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._arrivals = self._steps = self._step_tokens = self._prompt_tokens = self._generated_tokens = 0
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
+        self._pace = 0.0
+        """Seconds of the last step."""
 
     @property
     def has_work(self) -> bool:
@@ -188,8 +159,11 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step; returns what streams and finished requests got from it."""
         plan = self._schedule()
-        logits = self._run(plan)
-        grown = self._sample(plan, logits)
+        if plan.steps > 1:
+            grown = self._run_on(plan)
+        else:
+            logits = self._run(plan)
+            grown = self._sample(plan, logits)
         return self._publish(plan, grown)
 
     def _schedule(self) -> Schedule:
@@ -202,7 +176,20 @@ class Engine:
                 self._prompt_tokens += len(request.prompt_token_ids)
         if self._speculator is not None:
             self._speculator.draft(plan, self._scheduler)
+        elif self.executor.runs_on:
+            self._look_ahead(plan)
         return plan
+
+    def _look_ahead(self, plan: Schedule) -> None:
+        """Plan several steps at once, so that Python need not be heard between them, where nothing but the greatest
+        logit is wanted. They are few enough that whoever comes meanwhile waits no longer than for a long prompt."""
+        steps = min(MOST_STEPS, int(_AT_ONCE / self._pace)) if self._pace else 1
+        for sequence in plan.counts if steps > 1 else ():
+            if not (sequence.plain and sequence.remaining == 1 and sequence.output_len):
+                return
+            steps = min(steps, sequence.request.max_tokens - sequence.output_len)
+        if steps > 1 and plan.counts:
+            self._scheduler.run_on(plan, steps)
 
     def _run(self, plan: Schedule) -> Logits:
         if not plan.counts:
@@ -211,10 +198,30 @@ class Engine:
         self._step_tokens += sum(plan.counts.values())
         started = time.perf_counter()
         logits = self.executor.run(self._batch.fill(plan))
+        seconds = time.perf_counter() - started
         if self._speculator is not None:
-            self._speculator.ran(plan, time.perf_counter() - started)
+            self._speculator.ran(plan, seconds)
+        self._pace = seconds
         self._scheduler.complete(plan)
         return logits
+
+    def _run_on(self, plan: Schedule) -> list[Sequence]:
+        """Run the steps of a plan of several, the sampling included; returns the sequences that grew: all."""
+        ends = sorted({token for sequence in plan.counts for token in sequence.request.stop_tokens})
+        started = time.perf_counter()
+        chosen = self.executor.run_on(self._batch.fill(plan), plan.steps, ends)
+        self._pace = (time.perf_counter() - started) / len(chosen)
+        self._steps += len(chosen)
+        self._step_tokens += chosen.size
+        for tokens in chosen.tolist():
+            for sequence, token in zip(plan.counts, tokens, strict=True):
+                if sequence.finish_reason is None:  # a stop string may have ended it before
+                    self._scheduler.advance(sequence, 1)
+                    self._append(sequence, Choice(token))
+        for sequence in plan.counts:
+            if sequence.finish_reason is None:
+                self._scheduler.rewind(sequence, sequence.computed)
+        return list(plan.counts)
 
     def _sample(self, plan: Schedule, logits: Logits) -> list[Sequence]:
         """Choose a token for every sequence that has run all of its own, and one more for each draft that came true.

@@ -35,6 +35,8 @@ class Schedule:
     """Those that came from waiting; what a prefix gave them is already computed."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     """Guesses at what follows a sequence's tokens: run and counted with them, and computed when they came true."""
+    steps: int = 1
+    """How many steps of one token to run at once."""
 
     def add(self, sequence: Sequence, count: int) -> None:
         self.counts[sequence] = count
@@ -84,6 +86,16 @@ class Scheduler:
         plan.rows -= len(fitting)
         plan.drafts[sequence] = fitting
         return fitting
+
+    def run_on(self, plan: Schedule, steps: int) -> None:
+        """Have a step of one token a sequence go on to `steps` of them, where nobody waits and blocks are there."""
+        lengths = [(sequence, len(sequence.tokens) + steps - 1) for sequence in plan.counts]
+        needed = sum(blocks_for(length) - len(sequence.blocks) for sequence, length in lengths)
+        if self.waiting or needed > self.blocks.available:
+            return
+        for sequence, length in lengths:
+            self.blocks.grow(sequence.blocks, length)
+        plan.steps = steps
 
     def complete(self, plan: Schedule) -> None:
         """Note that the step has run: its tokens are computed, and blocks that became full can be found again."""

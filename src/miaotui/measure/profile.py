@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from miaotui.backends.ops import FEW_ROWS, OpWork
+from miaotui.engine.engine import MOST_STEPS, Engine
 from miaotui.engine.params import SamplingParams
 from miaotui.errors import UsageError
 from miaotui.hardware import ceilings, detect
@@ -117,11 +118,10 @@ def _begin(subject: Subject, case: Case) -> None:
     chunks = -(-case.context // most)  # steps that the last prompt may still need
     prompts = -(-case.requests * case.context // most)
     for _ in range(case.requests):
-        _ask(subject, case, 2 * (prompts + chunks) + case.steps)
+        _ask(subject, case, 2 * (prompts + chunks + MOST_STEPS) + case.steps)
     while engine.stats.waiting:
         engine.step()
-    for _ in range(chunks + 2):  # and two to warm up
-        engine.step()
+    _advance(engine, chunks + 2)  # and two to warm up
 
 
 def _end(subject: Subject) -> None:
@@ -136,16 +136,23 @@ def _ask(subject: Subject, case: Case, tokens: int) -> None:
 
 def _steps(subject: Subject, case: Case) -> int:
     """Run the case's steps, or its prompts one after another; how many steps there were."""
-    engine, count = subject.llm.engine, 0
-    for index in range(case.steps):
-        if case.new_tokens > 1 and index:
+    engine = subject.llm.engine
+    before = engine.stats.steps
+    if case.new_tokens == 1:
+        _advance(engine, case.steps)
+    for index in range(case.steps if case.new_tokens > 1 else 0):
+        if index:
             _ask(subject, case, 1)
-        while True:
+        while engine.has_work:
             engine.step()
-            count += 1
-            if case.new_tokens == 1 or not engine.has_work:
-                break
-    return count
+    return engine.stats.steps - before
+
+
+def _advance(engine: Engine, steps: int) -> None:
+    """Run so many steps, or the few more that end with one of them."""
+    end = engine.stats.steps + steps
+    while engine.stats.steps < end:
+        engine.step()
 
 
 def _lines(

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from miaotui.engine.engine import Engine, EngineStats
+from miaotui.engine.engine import Engine
 from miaotui.engine.grammar import GrammarMask
 from miaotui.engine.params import SamplingParams
 from miaotui.engine.request import RequestOutput
+from miaotui.engine.stats import EngineStats
 from miaotui.errors import MiaotuiError, ResourceError
 
 _log = logging.getLogger(__name__)

@@ -162,6 +162,7 @@ class CpuExecutor:
         self.weight_bytes = sum(op.bytes for op in op_work)
         self.greedy_bytes = sum(op.greedy_bytes for op in op_work)
         self.block_bytes: int = program.block_bytes
+        self.runs_on: bool = program.notes_greatest
         self._op_work = op_work
         self._program = program
         self._logits = program.view(logits, shape.max_logits_rows)
@@ -185,6 +186,20 @@ class CpuExecutor:
         )
         self._last = self._logits[: len(step.logits_rows)]
         return self._last
+
+    def run_on(self, step: Step, steps: int, ends: Sequence[int]) -> NDArray[np.int32]:
+        chosen = np.empty((steps, len(step.context_len)), np.int32)
+        ran = self._program.run_on(
+            step.tokens,
+            step.positions,
+            step.query_start,
+            step.context_len,
+            step.block_table,
+            step.logits_rows,
+            ends,
+            chosen,
+        )
+        return chosen[:ran]
 
     def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
         if logits is not self._last:

@@ -55,6 +55,7 @@ class ReferenceExecutor:
     ) -> None:
         self.shape = shape
         self.pool = None
+        self.runs_on = False
         self.block_bytes = ops.cache.block_bytes
         kind = f"{ops.cache.spec.type} quantise={ops.quantise} half={ops.half} wide={ops.wide}"
         self.cache_format = f"reference {ops.device.type} {kind} torch {torch.__version__}"
@@ -80,6 +81,9 @@ class ReferenceExecutor:
             self._ops.step = step_tensors(step, self._ops.device)
             logits: NDArray[np.float32] = self._forward(self._ops).cpu().numpy()
         return logits
+
+    def run_on(self, step: Step, steps: int, ends: Sequence[int]) -> NDArray[np.int32]:
+        raise NotImplementedError("steps are run one by one")
 
     def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
         return None
