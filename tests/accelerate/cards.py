@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from miaotui.accelerate.card import (
+from miaotui.accelerate.card.schema import (
     Artefact,
     Card,
     Energies,

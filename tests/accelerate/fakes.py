@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from miaotui.accelerate.attempt import Plan
 from miaotui.accelerate.goals import COSTS
-from miaotui.accelerate.journal import Journal
-from miaotui.accelerate.ledger import Ledger
-from miaotui.accelerate.sample import Pick, Sampler
-from miaotui.accelerate.search import Outcome, search
-from miaotui.accelerate.space import DEFAULT, ORIGINAL, Candidate, Serving, Space
-from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
+from miaotui.accelerate.search.attempt import Plan
+from miaotui.accelerate.search.journal import Journal
+from miaotui.accelerate.search.ledger import Ledger
+from miaotui.accelerate.search.sample import Pick, Sampler
+from miaotui.accelerate.search.search import Outcome, search
+from miaotui.accelerate.search.space import DEFAULT, ORIGINAL, Candidate, Serving, Space
+from miaotui.accelerate.search.trial import Built, Confirmation, Duel, Scores
 from miaotui.compress.recipe import Recipe
 from miaotui.errors import ResourceError
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from miaotui.accelerate.attempt import Plan
-from miaotui.accelerate.card import Technique
+from miaotui.accelerate.card.schema import Technique
 from miaotui.accelerate.compose import trial_of
 from miaotui.accelerate.explain import techniques, verdict
-from miaotui.accelerate.journal import Journal
-from miaotui.accelerate.search import Outcome
-from miaotui.accelerate.space import Candidate, Space
-from miaotui.accelerate.trial import Confirmation, Duel
+from miaotui.accelerate.search.attempt import Plan
+from miaotui.accelerate.search.journal import Journal
+from miaotui.accelerate.search.search import Outcome
+from miaotui.accelerate.search.space import Candidate, Space
+from miaotui.accelerate.search.trial import Confirmation, Duel
 from miaotui.compress.recipe import Recipe
 from tests.accelerate.fakes import FakeWorkshop, fake_space, gain_of, loss_of, run_search
 

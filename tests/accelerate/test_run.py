@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miaotui.accelerate import sensitivity, texts
-from miaotui.accelerate.attempt import Plan
-from miaotui.accelerate.card import read
-from miaotui.accelerate.judge import Judge
+from miaotui.accelerate import texts
+from miaotui.accelerate.card.files import read
 from miaotui.accelerate.run import Request, accelerate
-from miaotui.accelerate.space import Candidate, Serving
-from miaotui.accelerate.trial import Built, Scores
-from miaotui.accelerate.workshop import RealWorkshop, settings_of
+from miaotui.accelerate.search import sensitivity
+from miaotui.accelerate.search.attempt import Plan
+from miaotui.accelerate.search.judge import Judge
+from miaotui.accelerate.search.space import Candidate, Serving
+from miaotui.accelerate.search.trial import Built, Scores
+from miaotui.accelerate.search.workshop import RealWorkshop, settings_of
 from miaotui.backends.cpu import _native
 from miaotui.errors import InterruptedWorkError, UsageError
 from miaotui.hardware.ceilings import Probes

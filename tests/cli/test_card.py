@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate import readme, report, terminal
-from miaotui.accelerate.card import Card
-from miaotui.accelerate.publish import publish
+from miaotui.accelerate.card import readme, report, terminal
+from miaotui.accelerate.card.publish import publish
+from miaotui.accelerate.card.schema import Card
 from miaotui.cli.main import main
 from miaotui.errors import CheckpointError
 from tests.accelerate.cards import make_card

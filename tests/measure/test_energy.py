@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.card import Energies, Energy
+from miaotui.accelerate.card.schema import Energies, Energy
 from miaotui.hardware.gpus import live_gpus
 from miaotui.hardware.sensors import affinity
 from miaotui.measure import energy

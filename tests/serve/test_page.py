@@ -19,7 +19,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from miaotui.accelerate.publish import publish
+from miaotui.accelerate.card.publish import publish
 from miaotui.serve.page import WEB, add_card
 from tests.accelerate.cards import make_card
 

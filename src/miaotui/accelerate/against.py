@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from miaotui.accelerate.card import Peer, PeerResult
-from miaotui.accelerate.ledger import Ledger
+from miaotui.accelerate.card.schema import Peer, PeerResult
+from miaotui.accelerate.search.ledger import Ledger
+from miaotui.accelerate.search.space import DENSE, Candidate, weights_name
 from miaotui.accelerate.source import Source
-from miaotui.accelerate.space import DENSE, Candidate, weights_name
 from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.recipe import Recipe

@@ -10,8 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import miaotui
-from miaotui.accelerate.attempt import Attempt
-from miaotui.accelerate.card import (
+from miaotui.accelerate.card.schema import (
     Artefact,
     Card,
     Energies,
@@ -31,9 +30,10 @@ from miaotui.accelerate.card import (
     TrialState,
     estimate,
 )
-from miaotui.accelerate.finish import Measured, regimes_of
 from miaotui.accelerate.goals import Workload
-from miaotui.accelerate.search import Outcome
+from miaotui.accelerate.search.attempt import Attempt
+from miaotui.accelerate.search.finish import Measured, regimes_of
+from miaotui.accelerate.search.search import Outcome
 from miaotui.accelerate.source import Source
 from miaotui.hardware.sensors import BUSY
 from miaotui.measure.intervals import Estimate

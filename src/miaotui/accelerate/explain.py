@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from miaotui.accelerate.attempt import Attempt
-from miaotui.accelerate.card import Technique
-from miaotui.accelerate.search import Outcome
-from miaotui.accelerate.space import DEFAULT, RECODED, Candidate, Space
-from miaotui.accelerate.wording import loss_sentence, times
+from miaotui.accelerate.card.schema import Technique
+from miaotui.accelerate.card.wording import loss_sentence, times
+from miaotui.accelerate.search.attempt import Attempt
+from miaotui.accelerate.search.search import Outcome
+from miaotui.accelerate.search.space import DEFAULT, RECODED, Candidate, Space
 from miaotui.compress.recipe import parse_scheme
 
 DIMENSIONS = ("scheme", "method", "table", "blocks")

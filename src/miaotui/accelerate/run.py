@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from miaotui.accelerate import texts
 from miaotui.accelerate.against import Against
-from miaotui.accelerate.attempt import Attempt, Plan
-from miaotui.accelerate.card import Card, Energies, Model, Peer, Sensitivity
+from miaotui.accelerate.card.publish import publish
+from miaotui.accelerate.card.schema import Card, Energies, Model, Peer, Sensitivity
 from miaotui.accelerate.compose import Findings, compose, model_of
 from miaotui.accelerate.explain import techniques, verdict
-from miaotui.accelerate.finish import Finish, Measured
 from miaotui.accelerate.goals import fitted
-from miaotui.accelerate.journal import Journal
-from miaotui.accelerate.ledger import Ledger, once
-from miaotui.accelerate.predict import Predictor
-from miaotui.accelerate.publish import publish
-from miaotui.accelerate.sample import Sampler
-from miaotui.accelerate.search import Outcome, search
+from miaotui.accelerate.search.attempt import Attempt, Plan
+from miaotui.accelerate.search.finish import Finish, Measured
+from miaotui.accelerate.search.journal import Journal
+from miaotui.accelerate.search.ledger import Ledger, once
+from miaotui.accelerate.search.predict import Predictor
+from miaotui.accelerate.search.sample import Sampler
+from miaotui.accelerate.search.search import Outcome, search
+from miaotui.accelerate.search.space import LOOKED_AT, Candidate, make_space
+from miaotui.accelerate.search.workshop import Builder, RealWorkshop, Subject, settings_of
 from miaotui.accelerate.source import Source, examine, origin
-from miaotui.accelerate.space import LOOKED_AT, Candidate, make_space
 from miaotui.accelerate.texts import Texts
-from miaotui.accelerate.workshop import Builder, RealWorkshop, Subject, settings_of
 from miaotui.checkpoint import serving
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.recipe import Calibration
@@ -221,7 +221,7 @@ class _Run:
         recipe = None if winner is None else winner.candidate.recipe
         if recipe is None or winner is None or winner.candidate.blocks is not None:
             return ()
-        from miaotui.accelerate import sensitivity
+        from miaotui.accelerate.search import sensitivity
 
         most = SENSITIVITY_SHARE * self.request.plan.budget * self.predictor.limits.fp32 / SLOWNESS
         choices = (sensitivity.roles_of(recipe.method), (sensitivity.ALL,))

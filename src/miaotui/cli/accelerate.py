@@ -16,7 +16,7 @@ from miaotui.cli.options import MODEL, split_names
 from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
-    from miaotui.accelerate.card import Card
+    from miaotui.accelerate.card.schema import Card
 
 PEERS = ("transformers", "llama.cpp", "openvino", "vllm")
 GOALS = ("latency", "throughput", "memory", "balanced")
@@ -126,8 +126,8 @@ def command(
     names = tuple(split_names(tasks, "--tasks") or ())
     if task_limit is not None and not names:
         raise UsageError("--task-limit bounds tasks that are not named.", "Add --tasks.")
-    from miaotui.accelerate.attempt import Plan
     from miaotui.accelerate.run import Request, accelerate
+    from miaotui.accelerate.search.attempt import Plan
     from miaotui.cli.probes import native_probes
 
     plan = Plan(goal, floor, budget, seed)
@@ -149,7 +149,7 @@ def _show(card: Card, out: Path, *, explain: bool, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from miaotui.accelerate.terminal import shown
+    from miaotui.accelerate.card.terminal import shown
 
     if not explain:
         kept = tuple(technique for technique in card.artefact.techniques if technique.kept)

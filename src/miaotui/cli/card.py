@@ -21,11 +21,11 @@ def command(artefact: Path, as_json: bool, html: Path | None) -> None:
 
     ARTEFACT is a folder or a .gguf file that `miaotui accelerate` has written, or a card.json.
     """
-    from miaotui.accelerate.card import read
+    from miaotui.accelerate.card.files import read
 
     card = read(artefact)
     if html is not None:
-        from miaotui.accelerate.report import save
+        from miaotui.accelerate.card.report import save
 
         save(card, html)
         click.echo(f"wrote {html}", err=True)
@@ -34,6 +34,6 @@ def command(artefact: Path, as_json: bool, html: Path | None) -> None:
     elif html is None:
         from rich.console import Console
 
-        from miaotui.accelerate.terminal import shown
+        from miaotui.accelerate.card.terminal import shown
 
         Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(shown(card))

@@ -10,12 +10,13 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from miaotui.accelerate import readme
-from miaotui.accelerate.card import Card, Model, Technique, read
-from miaotui.accelerate.publish import publish
+from miaotui.accelerate.card import readme
+from miaotui.accelerate.card.files import read
+from miaotui.accelerate.card.publish import publish
+from miaotui.accelerate.card.schema import Card, Model, Technique
+from tests.accelerate.card.test_report import EVIL as MARKUP
+from tests.accelerate.card.test_report import kept_original
 from tests.accelerate.cards import TRIALS, make_card
-from tests.accelerate.test_report import EVIL as MARKUP
-from tests.accelerate.test_report import kept_original
 
 EVIL = MARKUP + " | [a](https://b.example) ![c](d) *e* `f` **g** # h\n# i\n- j"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.duel import Duellist, Side, flags_of
 from miaotui.accelerate.goals import Workload
-from miaotui.accelerate.space import ORIGINAL, Serving
-from miaotui.accelerate.workshop import RealWorkshop
+from miaotui.accelerate.search.duel import Duellist, Side, flags_of
+from miaotui.accelerate.search.space import ORIGINAL, Serving
+from miaotui.accelerate.search.workshop import RealWorkshop
 from miaotui.cli import main as cli
 
 RIVAL, CANDIDATE = Side("one", Serving()), Side("one", Serving(kv_cache_dtype="int8"))
@@ -42,7 +42,7 @@ def test_only_the_two_that_are_timed_stay_in_memory(monkeypatch: pytest.MonkeyPa
         def close(self) -> None:
             closed.append(self.name)
 
-    monkeypatch.setattr("miaotui.accelerate.duel.LLM", Loaded)
+    monkeypatch.setattr("miaotui.accelerate.search.duel.LLM", Loaded)
     duellist = Duellist("latency", Workload(), [1, 2, 3], 0)
     monkeypatch.setattr(duellist, "_answer", lambda llm, chance, short=False: 1.0)
     duellist.fight(Side("original", Serving()), RIVAL, 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from miaotui.accelerate.card import Floor
+from miaotui.accelerate.card.schema import Floor
 from miaotui.accelerate.goals import Goal, gain_of_rounds
-from miaotui.accelerate.sample import Tried
-from miaotui.accelerate.space import Candidate
-from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
+from miaotui.accelerate.search.sample import Tried
+from miaotui.accelerate.search.space import Candidate
+from miaotui.accelerate.search.trial import Built, Confirmation, Duel, Scores
 from miaotui.hardware.sensors import BUSY
 from miaotui.measure.intervals import Estimate
 

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import yaml
 
-from miaotui.accelerate import facts, rows
-from miaotui.accelerate.card import Card, Energy
-from miaotui.accelerate.rows import Cell, Row
+from miaotui.accelerate.card import facts, rows
+from miaotui.accelerate.card.rows import Cell, Row
+from miaotui.accelerate.card.schema import Card, Energy
 from miaotui.checkpoint.beside import README, REPORT, beside
 from miaotui.checkpoint.write import atomic_file
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate import card as cards
-from miaotui.accelerate.card import Card, Floor, Quality, Speed, dominates, find, read, write
+from miaotui.accelerate.card import schema as cards
+from miaotui.accelerate.card.files import find, read, write
+from miaotui.accelerate.card.schema import Card, Floor, Quality, Speed, dominates
 from miaotui.errors import CheckpointError
 from miaotui.measure.intervals import Estimate
 from tests.accelerate.cards import REGIME, TRIALS, make_card, trial
@@ -105,7 +106,7 @@ def test_a_figure_that_json_cannot_hold_is_our_mistake(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cards.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "cards.md").read_text()
     named = set(re.findall(r"[`\"](\w+)(?:\[\])?[`\"]", page))
     kinds = [kind for kind in vars(cards).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     missing = {f.name for kind in kinds for f in dataclasses.fields(kind)} - named

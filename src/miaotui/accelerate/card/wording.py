@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miaotui.accelerate.card import Floor
+from miaotui.accelerate.card.schema import Floor
 from miaotui.measure.intervals import Estimate
 
 

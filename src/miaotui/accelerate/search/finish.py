@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from miaotui.accelerate.duel import Side
 from miaotui.accelerate.goals import Goal
-from miaotui.accelerate.ledger import Ledger
-from miaotui.accelerate.predict import Predictor
-from miaotui.accelerate.space import ORIGINAL, Candidate
+from miaotui.accelerate.search.duel import Side
+from miaotui.accelerate.search.ledger import Ledger
+from miaotui.accelerate.search.predict import Predictor
+from miaotui.accelerate.search.space import ORIGINAL, Candidate
 from miaotui.errors import MiaotuiError
 from miaotui.hardware.ceilings import Probes
 from miaotui.measure import profile, speed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.journal import Entry, Journal
+from miaotui.accelerate.search.journal import Entry, Journal
 from miaotui.errors import UsageError
 
 SEARCH = {"model": "1a2b", "goal": "latency"}

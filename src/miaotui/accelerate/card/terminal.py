@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from miaotui.accelerate import facts, rows
-from miaotui.accelerate.card import Card
-from miaotui.accelerate.rows import Cell, Row
+from miaotui.accelerate.card import facts, rows
+from miaotui.accelerate.card.rows import Cell, Row
+from miaotui.accelerate.card.schema import Card
 
 
 def shown(card: Card) -> RenderableType:

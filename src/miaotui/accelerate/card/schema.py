@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from miaotui.checkpoint.beside import CARD, beside, find_beside
-from miaotui.checkpoint.write import write_json
 from miaotui.compress.recipe import from_plain
 from miaotui.errors import CheckpointError, MiaotuiError
 from miaotui.measure.intervals import Estimate
 
 SCHEMA_VERSION = 1
+REMAKE = "Make it again with miaotui accelerate."
 
 FloorVerdict = Literal["holds", "broken", "undecided"]
 TrialState = Literal["won", "measured", "rejected", "failed"]
@@ -376,7 +374,7 @@ class Card:
     def parse(cls, values: Any, where: str = "The card") -> Card:
         """From plain values. Raises CheckpointError for another version, and for a missing, unknown or wrong key."""
         if not isinstance(values, Mapping) or "schema_version" not in values:
-            raise CheckpointError(f"{where} is no card: it has no schema_version.", _REMAKE)
+            raise CheckpointError(f"{where} is no card: it has no schema_version.", REMAKE)
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise CheckpointError(
@@ -389,7 +387,7 @@ class Card:
             return card
         except (MiaotuiError, TypeError, ValueError, OverflowError, RecursionError) as error:
             cause = error.message if isinstance(error, MiaotuiError) else str(error)
-            raise CheckpointError(f"{where} cannot be read: {cause}", _REMAKE) from error
+            raise CheckpointError(f"{where} cannot be read: {cause}", REMAKE) from error
 
 
 def _check_numbers(value: Any) -> None:
@@ -401,40 +399,6 @@ def _check_numbers(value: Any) -> None:
             _check_numbers(item)
     elif isinstance(value, (int, float)) and abs(value) >= 2**63:
         raise ValueError(f"{float(min(value, 2**63)):.3g} is too large a number.")
-
-
-_REMAKE = "Make it again with miaotui accelerate."
-
-
-def write(card: Card, artefact: Path) -> Path:
-    """Write `card.json` into the artefact's folder, or beside its GGUF file, whole or not at all; its path."""
-    path = beside(artefact, CARD)
-    write_json(path, card.plain())
-    return path
-
-
-def read(path: Path) -> Card:
-    """The card of an artefact, a folder or a file of weights, or the card at this path itself.
-
-    Raises CheckpointError where there is none, or one that cannot be read.
-    """
-    path = find(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}.", _REMAKE) from error
-    return Card.parse(values, str(path))
-
-
-def find(path: Path) -> Path:
-    """Where the card of an artefact lies. Raises CheckpointError when there is none."""
-    if path.is_file() and path.suffix == ".json":
-        return path
-    card = find_beside(path, CARD)
-    if card is None:
-        there = "There is no" if path.exists() else f"{path} is not there, nor"
-        raise CheckpointError(f"{there} {beside(path, CARD)}.", "Name what miaotui accelerate has written.")
-    return card
 
 
 def estimate(report: Mapping[str, Any], name: str) -> Estimate:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from miaotui.accelerate.card import Card, Energy, Quality, Speed, Task
+from miaotui.accelerate.card.schema import Card, Energy, Quality, Speed, Task
 from miaotui.measure.intervals import Estimate
 
 Group = Literal["speed", "quality", "size", "energy"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from miaotui.accelerate.attempt import Attempt, Plan
-from miaotui.accelerate.space import Candidate, Space
-from miaotui.accelerate.wording import percent
+from miaotui.accelerate.card.wording import percent
+from miaotui.accelerate.search.attempt import Attempt, Plan
+from miaotui.accelerate.search.space import Candidate, Space
 
 SLACK = 0.8
 """The ceiling model may be so wrong about one candidate against another."""

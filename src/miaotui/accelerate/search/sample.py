@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from miaotui.accelerate.space import Candidate
+from miaotui.accelerate.search.space import Candidate
 
 if TYPE_CHECKING:
     import optuna

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miaotui.accelerate.trial import Scores
+from miaotui.accelerate.search.trial import Scores
 from miaotui.checkpoint.write import atomic_file
 from miaotui.measure.quality import EXACT, same_vocabulary
 from miaotui.measure.quality_data import Window

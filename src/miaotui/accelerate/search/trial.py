@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from miaotui.accelerate.goals import Figures
-from miaotui.accelerate.space import ORIGINAL, Candidate
+from miaotui.accelerate.search.space import ORIGINAL, Candidate
 from miaotui.measure import intervals
 from miaotui.measure.intervals import Estimate
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from miaotui.accelerate.card import Card, Floor, Sensitivity, Trial
+from miaotui.accelerate.card.schema import Card, Floor, Sensitivity, Trial
 from miaotui.measure.intervals import Estimate
 
 Kind = Literal["won", "front", "dominated", "broken"]

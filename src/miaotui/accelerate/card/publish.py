@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from miaotui.accelerate import card as cards
-from miaotui.accelerate import readme, report
-from miaotui.accelerate.card import Card
+from miaotui.accelerate.card import files as cards
+from miaotui.accelerate.card import readme, report
+from miaotui.accelerate.card.schema import Card
 
 
 def publish(card: Card, artefact: Path) -> list[Path]:

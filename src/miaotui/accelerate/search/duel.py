@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from miaotui.accelerate.goals import COSTS, Goal, Workload
-from miaotui.accelerate.space import Serving
-from miaotui.accelerate.trial import Duel
+from miaotui.accelerate.search.space import Serving
+from miaotui.accelerate.search.trial import Duel
 from miaotui.engine.llm import LLM
 from miaotui.engine.params import SamplingParams
 from miaotui.hardware.sensors import Watch

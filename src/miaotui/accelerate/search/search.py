@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from miaotui.accelerate.attempt import Attempt, Plan
-from miaotui.accelerate.bounds import Bounds, fastest
-from miaotui.accelerate.card import Floor
+from miaotui.accelerate.card.schema import Floor
+from miaotui.accelerate.card.wording import loss_sentence, times
 from miaotui.accelerate.goals import gain_of_rounds
-from miaotui.accelerate.ledger import FailedError, Ledger
-from miaotui.accelerate.sample import Pick, Tried
-from miaotui.accelerate.space import DEFAULT, METHODS, ORIGINAL, Candidate, Serving, Space
-from miaotui.accelerate.trial import Duel
-from miaotui.accelerate.wording import loss_sentence, times
+from miaotui.accelerate.search.attempt import Attempt, Plan
+from miaotui.accelerate.search.bounds import Bounds, fastest
+from miaotui.accelerate.search.ledger import FailedError, Ledger
+from miaotui.accelerate.search.sample import Pick, Tried
+from miaotui.accelerate.search.space import DEFAULT, METHODS, ORIGINAL, Candidate, Serving, Space
+from miaotui.accelerate.search.trial import Duel
 from miaotui.hardware.sensors import BUSY
 
 SCREEN, HALVE, TUNE, CONFIRM = 0.5, 0.6, 0.75, 0.9

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate import charts, report
-from miaotui.accelerate.card import Card, Energies, Energy, Model, Qualities, Sensitivity, Speeds, Technique
-from miaotui.accelerate.words import CHINESE
+from miaotui.accelerate.card import charts, report
+from miaotui.accelerate.card.schema import Card, Energies, Energy, Model, Qualities, Sensitivity, Speeds, Technique
+from miaotui.accelerate.card.words import CHINESE
 from tests.accelerate.cards import REGIME, TRIALS, make_card, trial
 
 EVIL = "</script><img src=x onerror=alert(1)>\n| <b>"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from miaotui.accelerate import rows
-from miaotui.accelerate.card import PeerResult, Trial
+from miaotui.accelerate.card import rows
+from miaotui.accelerate.card.schema import PeerResult, Trial
 
 
 def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:

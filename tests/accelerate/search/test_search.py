@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from miaotui.accelerate.attempt import Plan
-from miaotui.accelerate.journal import Journal
-from miaotui.accelerate.sample import in_order
-from miaotui.accelerate.search import TRIES, TUNING_ROUNDS, Outcome, looks
-from miaotui.accelerate.space import ORIGINAL, Candidate, Serving, Space
-from miaotui.accelerate.trial import Confirmation
+from miaotui.accelerate.search.attempt import Plan
+from miaotui.accelerate.search.journal import Journal
+from miaotui.accelerate.search.sample import in_order
+from miaotui.accelerate.search.search import TRIES, TUNING_ROUNDS, Outcome, looks
+from miaotui.accelerate.search.space import ORIGINAL, Candidate, Serving, Space
+from miaotui.accelerate.search.trial import Confirmation
 from miaotui.compress.recipe import Recipe
 from tests.accelerate.fakes import LOSSES, FakeWorkshop, fake_space, gain_of, loss_of, noise, run_search
 
@@ -239,7 +239,7 @@ def seen(outcome: Outcome) -> list[tuple[str, str, str]]:
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from miaotui.accelerate.journal import Journal
+from miaotui.accelerate.search.journal import Journal
 from tests.accelerate.fakes import FakeWorkshop, run_search
 
 class Slow(FakeWorkshop):

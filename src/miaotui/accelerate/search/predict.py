@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from miaotui.accelerate import goals
 from miaotui.accelerate.goals import COSTS, Figures, Goal, Workload
+from miaotui.accelerate.search.space import DENSE, Candidate, average_bits
 from miaotui.accelerate.source import Source
-from miaotui.accelerate.space import DENSE, Candidate, average_bits
 from miaotui.compress.recipe import Recipe, parse_scheme
 from miaotui.hardware.ceilings import Ceilings
 from miaotui.measure.fit import HEADROOM

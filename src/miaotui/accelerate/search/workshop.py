@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from miaotui.accelerate.attempt import Plan
-from miaotui.accelerate.duel import Duellist, Side
 from miaotui.accelerate.goals import Workload
-from miaotui.accelerate.judge import Judge
-from miaotui.accelerate.space import ORIGINAL, Candidate, Serving
+from miaotui.accelerate.search.attempt import Plan
+from miaotui.accelerate.search.duel import Duellist, Side
+from miaotui.accelerate.search.judge import Judge
+from miaotui.accelerate.search.space import ORIGINAL, Candidate, Serving
+from miaotui.accelerate.search.trial import Built, Confirmation, Duel, Scores
 from miaotui.accelerate.texts import Texts
-from miaotui.accelerate.trial import Built, Confirmation, Duel, Scores
 from miaotui.compress.progress import Progress
 from miaotui.compress.recipe import Recipe
 from miaotui.measure import quality

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from miaotui.accelerate.goals import Goal, Workload, fitted
-from miaotui.accelerate.predict import Predictor
+from miaotui.accelerate.search.predict import Predictor
+from miaotui.accelerate.search.space import LOOKED_AT, ORIGINAL, RECODED, Candidate, Serving, Space, make_space
 from miaotui.accelerate.source import Source, examine, grid_of, origin
-from miaotui.accelerate.space import LOOKED_AT, ORIGINAL, RECODED, Candidate, Serving, Space, make_space
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.recipe import Calibration, Recipe
 from miaotui.hardware.ceilings import Ceilings

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from miaotui.accelerate.finish import FIRST, Finish
 from miaotui.accelerate.goals import Goal
-from miaotui.accelerate.space import ORIGINAL
+from miaotui.accelerate.search.finish import FIRST, Finish
+from miaotui.accelerate.search.space import ORIGINAL
 from miaotui.measure import profile, speed
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from miaotui.accelerate import charts, facts, rows
-from miaotui.accelerate.card import Card, Profile, Speed, Trial
-from miaotui.accelerate.words import CHINESE
+from miaotui.accelerate.card import charts, facts, rows
+from miaotui.accelerate.card.schema import Card, Profile, Speed, Trial
+from miaotui.accelerate.card.words import CHINESE
 from miaotui.checkpoint.beside import REPORT, beside
 from miaotui.checkpoint.write import atomic_file
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from miaotui.accelerate.journal import Entry, Journal
-from miaotui.accelerate.space import ORIGINAL, Candidate
-from miaotui.accelerate.trial import (
+from miaotui.accelerate.search.journal import Entry, Journal
+from miaotui.accelerate.search.space import ORIGINAL, Candidate
+from miaotui.accelerate.search.trial import (
     Built,
     Confirmation,
     Duel,
