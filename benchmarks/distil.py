@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dense_folder import DEFAULT, dense_folder
-from miaotui.compress.prune import Cut, PruneSettings, prune
+from miaotui.compress.pruning.run import Cut, PruneSettings, prune
 from miaotui.compress.recipe import Calibration
 from miaotui.compress.train.distil import Request, distil
 from miaotui.compress.train.settings import Settings, Task, Terms

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.dense_folder import DEFAULT, dense_folder
 from miaotui.compress.methods.sparsity import Sparsity
-from miaotui.compress.prune import Cut, PruneSettings, prune
+from miaotui.compress.pruning.run import Cut, PruneSettings, prune
 from miaotui.compress.recipe import Calibration
 from miaotui.hardware.detect import detect
 from miaotui.measure.quality import evaluate

@@ -194,8 +194,8 @@ def theirs(model: Path, work: Path, asked: argparse.Namespace) -> dict[str, Any]
 def calibration_ids(model: Path) -> list[list[int]]:
     """The very windows that ours sees."""
     from miaotui.checkpoint import open_checkpoint
-    from miaotui.compress.data import windows
     from miaotui.compress.recipe import Calibration
+    from miaotui.compress.text.data import windows
     from miaotui.model.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_checkpoint(open_checkpoint(model))

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from miaotui.compress.texts import prose
+from miaotui.compress.text.sources import prose
 
 LEAST = 80
 """Characters of a docstring that is worth reading."""

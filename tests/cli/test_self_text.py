@@ -12,8 +12,8 @@ import pytest
 from miaotui import LLM, SamplingParams
 from miaotui.checkpoint import open_checkpoint
 from miaotui.cli.self_text import self_text
-from miaotui.compress.data import windows
 from miaotui.compress.recipe import Calibration
+from miaotui.compress.text.data import windows
 from miaotui.errors import UsageError
 from miaotui.model.tokenizer import Tokenizer
 from tests.compress import toy_folders

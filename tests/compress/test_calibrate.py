@@ -14,12 +14,12 @@ import torch
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress import statistics
 from miaotui.compress.calibrate import calibrate, key_of
-from miaotui.compress.data import CalibrationText, windows
 from miaotui.compress.layers import read_layer, read_matrix, run_layer
 from miaotui.compress.places import Model
 from miaotui.compress.progress import Progress
 from miaotui.compress.recipe import Calibration
 from miaotui.compress.statistics import mirrored
+from miaotui.compress.text.data import CalibrationText, windows
 from miaotui.errors import UsageError
 from miaotui.model.families import read_spec
 from miaotui.model.tokenizer import Tokenizer

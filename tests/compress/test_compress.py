@@ -198,7 +198,7 @@ def test_a_budget_gives_bits_to_what_needs_them(original: Path, source: Path, tm
 
 @pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q8_0"])
 def test_gguf(scheme: str, tmp_path: Path) -> None:
-    from tests.compress.test_write_gguf import original, sized
+    from tests.compress.writing.test_write_gguf import original, sized
 
     folder = original(sized("llama"), tmp_path)
     source = words(tmp_path / "words.txt")

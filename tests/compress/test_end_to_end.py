@@ -33,9 +33,9 @@ from miaotui.quant.tensor import GroupedTensor
 from tests.compress import toy_folders
 from tests.compress.test_calibrate import words
 from tests.compress.test_compress import KILLED
-from tests.compress.test_write_gguf import original as gguf_original
-from tests.compress.test_write_gguf import sized
 from tests.compress.toys import toy_case, write_original
+from tests.compress.writing.test_write_gguf import original as gguf_original
+from tests.compress.writing.test_write_gguf import sized
 
 QUICK = {"windows": 64, "epochs": 2, "batch": 4, "rate": 0.004, "norm_rate": 0.004}
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="the figures to compar
 pytest.importorskip("compressed_tensors", reason="transformers reads the rounded model with compressed-tensors")
 
 from benchmarks.dense_folder import dense_folder  # noqa: E402
-from miaotui.compress.write_folder import write_folder  # noqa: E402
+from miaotui.compress.writing.folder import write_folder  # noqa: E402
 from miaotui.measure import quality  # noqa: E402
 from miaotui.measure.quality import Reference, evaluate  # noqa: E402
 from miaotui.measure.quality_data import Cut, cut_windows, read_data  # noqa: E402

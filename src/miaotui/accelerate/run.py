@@ -43,7 +43,7 @@ from miaotui.measure.quality_data import Cut
 from miaotui.measure.scoring import Opened
 
 if TYPE_CHECKING:
-    from miaotui.compress.packing import Write
+    from miaotui.compress.text.packing import Write
 
 SEARCH_SHARE = 0.65
 """Of the budget; the rest is for the last measurements."""

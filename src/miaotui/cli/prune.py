@@ -17,7 +17,7 @@ from miaotui.cli.progress import progress
 from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
-    from miaotui.compress.prune import PruneReport
+    from miaotui.compress.pruning.run import PruneReport
 
 OF_ZEROS, OF_CUTS = ("method", "storage"), ("by", "correct")
 
@@ -81,7 +81,7 @@ def command(
     _refuse_idle(context, sparsity is None)
     try:
         from miaotui.compress.methods.sparsity import Sparsity
-        from miaotui.compress.prune import Cut, PruneSettings, prune
+        from miaotui.compress.pruning.run import Cut, PruneSettings, prune
         from miaotui.compress.recipe import Calibration
     except ImportError as error:
         raise needs_torch(error) from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from miaotui.errors import UsageError
 
 if TYPE_CHECKING:
-    from miaotui.compress.packing import Ids, Write
+    from miaotui.compress.text.packing import Ids, Write
     from miaotui.engine.llm import LLM
 
 VERSION = 1

@@ -19,7 +19,6 @@ import torch
 
 from miaotui.checkpoint.write import atomic_file
 from miaotui.compress import hidden as streams
-from miaotui.compress.data import CalibrationText
 from miaotui.compress.hidden import Hidden
 from miaotui.compress.layers import read_layer, run_layer
 from miaotui.compress.places import Model
@@ -27,6 +26,7 @@ from miaotui.compress.precision import products
 from miaotui.compress.progress import Clock, Progress, Tell, silent
 from miaotui.compress.recipe import Precision
 from miaotui.compress.statistics import Gathering, LayerStatistics, load, save
+from miaotui.compress.text.data import CalibrationText
 from miaotui.compress.types import InputStatistics, Place
 from miaotui.compress.windows import WindowOps
 from miaotui.model.spec import ModelSpec

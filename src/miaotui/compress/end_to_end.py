@@ -19,7 +19,6 @@ import torch
 from miaotui.checkpoint.write import atomic_file
 from miaotui.compress import hidden as streams
 from miaotui.compress.calibrate import FinalNorm, embed
-from miaotui.compress.data import CalibrationText
 from miaotui.compress.hidden import TOKENS_AT_ONCE, Hidden
 from miaotui.compress.inputs import Change, input_changes
 from miaotui.compress.layers import read_layer, run_layer
@@ -29,6 +28,7 @@ from miaotui.compress.places import Model
 from miaotui.compress.precision import products
 from miaotui.compress.progress import Clock, Progress, Tell, silent
 from miaotui.compress.solved import Solved
+from miaotui.compress.text.data import CalibrationText
 from miaotui.compress.train import losses, network
 from miaotui.compress.train.objective import LOGITS_AT_ONCE
 from miaotui.compress.train.state import Snapshot, Store, optimiser_tensors, restore_optimiser

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from miaotui.checkpoint.write import atomic_folder
-from miaotui.compress import dense
 from miaotui.compress.methods import merging
 from miaotui.compress.places import Model
+from miaotui.compress.writing import dense
 from miaotui.errors import CheckpointError, UsageError
 from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer

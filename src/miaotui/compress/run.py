@@ -18,9 +18,7 @@ from miaotui.checkpoint import open_checkpoint, resolve
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.checkpoint.write import atomic_file, atomic_folder
 from miaotui.compress.calibrate import Statistics, calibrate, kept
-from miaotui.compress.data import CalibrationText, Write, windows
 from miaotui.compress.end_to_end import train
-from miaotui.compress.folder_config import folder_config, target_of
 from miaotui.compress.methods.grid import check_width
 from miaotui.compress.options import steps_of
 from miaotui.compress.places import LINEARS, Model
@@ -30,12 +28,14 @@ from miaotui.compress.progress import Progress, Tell, silent
 from miaotui.compress.recipe import Recipe, parse_scheme
 from miaotui.compress.sensitivity import budgeted
 from miaotui.compress.solved import Part, Planned, Solved
+from miaotui.compress.text.data import CalibrationText, Write, windows
 from miaotui.compress.types import LinearScheme, Place
-from miaotui.compress.verify import verify
 from miaotui.compress.walk import walk
 from miaotui.compress.work import Work, check_tables, scale_type_of
-from miaotui.compress.write_folder import write_folder
-from miaotui.compress.write_gguf import check_gguf, write_gguf
+from miaotui.compress.writing.folder import write_folder
+from miaotui.compress.writing.folder_config import folder_config, target_of
+from miaotui.compress.writing.gguf import check_gguf, write_gguf
+from miaotui.compress.writing.verify import verify
 from miaotui.errors import UsageError
 from miaotui.model.chat import ChatTemplate, find_chat_templates
 from miaotui.model.families import read_spec

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from miaotui.compress.calibrate import Statistics
-from miaotui.compress.data import CalibrationText
 from miaotui.compress.options import Steps, steps_of
 from miaotui.compress.places import Model
 from miaotui.compress.recipe import Precision, Recipe, parse_scheme
 from miaotui.compress.rotated import Rotations
+from miaotui.compress.text.data import CalibrationText
 from miaotui.compress.types import LinearScheme, Place
 from miaotui.errors import UsageError
 from miaotui.model.spec import ModelSpec

@@ -15,7 +15,7 @@ import torch
 from miaotui.checkpoint import Checkpoint, open_checkpoint, resolve
 from miaotui.compress.layers import read_layer, read_matrix, run_layer
 from miaotui.compress.places import Model
-from miaotui.compress.removal import Streams
+from miaotui.compress.pruning.removal import Streams
 from miaotui.compress.types import Layer
 from miaotui.compress.windows import WindowLinear, WindowOps
 from miaotui.measure.quality_data import Ids

@@ -31,7 +31,7 @@ from miaotui.measure.quality_data import cut_windows, read_data
 from miaotui.measure.scoring import Opened, Settings
 
 if TYPE_CHECKING:
-    from miaotui.compress.packing import Write
+    from miaotui.compress.text.packing import Write
 
 WINDOW, SHORT_WINDOW, MOST_WINDOWS = 512, 256, 64
 """Of the text that is chosen by; shorter ones in budgets of less than `LONG_BUDGET` seconds."""
@@ -197,7 +197,7 @@ class Builder:
 
     def _cut(self, recipe: Recipe, blocks: int) -> str:
         """The model with so many layers left, written once."""
-        from miaotui.compress.prune import Cut, PruneSettings, prune
+        from miaotui.compress.pruning.run import Cut, PruneSettings, prune
 
         path = self.folder / f"{blocks}-layers"
         if not path.exists():

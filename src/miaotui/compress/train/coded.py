@@ -15,7 +15,7 @@ from miaotui.checkpoint.base import Checkpoint
 from miaotui.compress.methods.grid import Grid, quantised
 from miaotui.compress.places import Model
 from miaotui.compress.types import Coded, KvScheme, LinearScheme, Place
-from miaotui.compress.write_folder import write_folder
+from miaotui.compress.writing.folder import write_folder
 from miaotui.errors import UsageError
 from miaotui.model.families import read_spec
 from miaotui.model.names import Names

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miaotui.checkpoint.write import atomic_file
-from miaotui.compress.data import clean
-from miaotui.compress.texts import Fault, Row, prose, prose_name, rows
+from miaotui.compress.text.data import clean
+from miaotui.compress.text.sources import Fault, Row, prose, prose_name, rows
 from miaotui.errors import RequestError, UsageError
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
-from miaotui.compress.dense import STORED, as_type, plain_config
-from miaotui.compress.folder_config import config_of_gguf
-from miaotui.compress.write_folder import write_assets
+from miaotui.compress.writing.dense import STORED, as_type, plain_config
+from miaotui.compress.writing.folder import write_assets
+from miaotui.compress.writing.folder_config import config_of_gguf
 from miaotui.model.spec import ModelSpec
 from miaotui.quant.tensor import DenseType
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miaotui.checkpoint.write import atomic_file
-from miaotui.compress import svg
+from miaotui.compress.pruning import svg
 
 Shares = Mapping[int, list[float]]
 Kept = Mapping[int, frozenset[int]]

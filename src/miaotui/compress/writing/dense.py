@@ -16,7 +16,7 @@ from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.layouts import SPARSE, sparsity_format
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
 from miaotui.compress.places import Model
-from miaotui.compress.write_folder import ASSETS
+from miaotui.compress.writing.folder import ASSETS
 from miaotui.errors import CheckpointError, UsageError
 from miaotui.model.families import read_spec
 from miaotui.model.shapes import shapes

@@ -18,8 +18,8 @@ from miaotui.checkpoint import open_checkpoint  # noqa: E402
 from miaotui.compress.methods.fp8 import fp8_activations, int8_activations  # noqa: E402
 from miaotui.compress.places import LINEARS, Model, all_places  # noqa: E402
 from miaotui.compress.types import Place  # noqa: E402
-from miaotui.compress.verify import verify  # noqa: E402
-from miaotui.compress.write_folder import write_folder  # noqa: E402
+from miaotui.compress.writing.folder import write_folder  # noqa: E402
+from miaotui.compress.writing.verify import verify  # noqa: E402
 from miaotui.errors import UnsupportedModelError, UsageError  # noqa: E402
 from miaotui.model.families import read_spec  # noqa: E402
 from miaotui.model.tokenizer import Tokenizer  # noqa: E402

@@ -7,18 +7,18 @@ from functools import partial
 
 import torch
 
-from miaotui.compress import dense
-from miaotui.compress.importance import Importance
 from miaotui.compress.layers import read_layer
 from miaotui.compress.methods.magnitude import magnitude
 from miaotui.compress.methods.sparsegpt import shared_factor, sparsegpt
 from miaotui.compress.methods.sparsity import Sparsity
 from miaotui.compress.methods.wanda import wanda
 from miaotui.compress.places import Model
-from miaotui.compress.prune import Method, Pruned, PruneSettings, Tell
-from miaotui.compress.prune_statistics import calibrated
-from miaotui.compress.shelf import Shelf
+from miaotui.compress.pruning.importance import Importance
+from miaotui.compress.pruning.known import calibrated
+from miaotui.compress.pruning.run import Method, Pruned, PruneSettings, Tell
+from miaotui.compress.pruning.shelf import Shelf
 from miaotui.compress.types import InputStatistics, LinearGroup
+from miaotui.compress.writing import dense
 
 
 def make_sparse(model: Model, settings: PruneSettings, shelf: Shelf, tell: Tell) -> Pruned:

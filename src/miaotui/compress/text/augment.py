@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from miaotui.compress.texts import Row
+from miaotui.compress.text.sources import Row
 
 Augmentation = Callable[[str, random.Random], str]
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from miaotui.compress.dense import Floats, as_type
+from miaotui.compress.writing.dense import Floats, as_type
 from miaotui.errors import CheckpointError
 from miaotui.quant.tensor import DenseTensor, DenseType
 

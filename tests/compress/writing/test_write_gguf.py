@@ -19,8 +19,8 @@ from miaotui.checkpoint import open_checkpoint  # noqa: E402
 from miaotui.compress.places import NORMS, Model, all_places  # noqa: E402
 from miaotui.compress.recipe import parse_scheme  # noqa: E402
 from miaotui.compress.types import LinearScheme, Place  # noqa: E402
-from miaotui.compress.verify import verify  # noqa: E402
-from miaotui.compress.write_gguf import RECIPE, check_gguf, write_gguf  # noqa: E402
+from miaotui.compress.writing.gguf import RECIPE, check_gguf, write_gguf  # noqa: E402
+from miaotui.compress.writing.verify import verify  # noqa: E402
 from miaotui.errors import CheckpointError, UnsupportedModelError, UsageError  # noqa: E402
 from miaotui.model.build import build  # noqa: E402
 from miaotui.model.families import read_spec  # noqa: E402

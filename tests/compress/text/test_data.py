@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from miaotui.compress import data, texts
-from miaotui.compress.augment import AUGMENTATIONS, augmented
-from miaotui.compress.data import CalibrationText, clean, windows
 from miaotui.compress.recipe import Calibration
-from miaotui.compress.texts import Row
+from miaotui.compress.text import data
+from miaotui.compress.text import sources as texts
+from miaotui.compress.text.augment import AUGMENTATIONS, augmented
+from miaotui.compress.text.data import CalibrationText, clean, windows
+from miaotui.compress.text.sources import Row
 from miaotui.errors import MiaotuiError, UsageError
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer

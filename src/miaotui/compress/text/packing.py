@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from miaotui.compress.texts import Fault, Faulty, Row
+from miaotui.compress.text.sources import Fault, Faulty, Row
 from miaotui.errors import MiaotuiError, RequestError, UsageError
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer

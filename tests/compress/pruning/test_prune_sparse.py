@@ -21,7 +21,7 @@ from miaotui.cli.main import main
 from miaotui.compress.methods.sparsegpt import shared_factor, sparsegpt
 from miaotui.compress.methods.sparsity import Sparsity
 from miaotui.compress.methods.wanda import wanda
-from miaotui.compress.prune import PruneReport, PruneSettings, prune
+from miaotui.compress.pruning.run import PruneReport, PruneSettings, prune
 from miaotui.compress.recipe import Calibration
 from miaotui.errors import UsageError
 from tests.compress import toy_folders as toys
@@ -92,8 +92,8 @@ def test_by_the_inputs_that_transformers_sees(method: Any, workplace: Path, tmp_
 
 
 def hooked_moments(workplace: Path) -> dict[str, torch.Tensor]:
-    from miaotui.compress import dense
-    from miaotui.compress.prune_statistics import calibrated
+    from miaotui.compress.pruning.known import calibrated
+    from miaotui.compress.writing import dense
 
     text = Calibration(str(workplace / "text.txt"), WINDOWS, WINDOW, precision="fp32")
     model = dense.open_dense(str(workplace / "model"), "prune")

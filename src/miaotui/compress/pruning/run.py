@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.checkpoint.write import atomic_folder
-from miaotui.compress import dense
-from miaotui.compress.importance import Importance
 from miaotui.compress.methods.sparsity import Sparsity
 from miaotui.compress.places import Model
+from miaotui.compress.pruning.importance import Importance
 from miaotui.compress.recipe import Calibration
+from miaotui.compress.writing import dense
 from miaotui.errors import CheckpointError, UsageError
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -140,10 +140,10 @@ def prune(model: str, settings: PruneSettings, out: Path, *, tell: Tell = lambda
     Raises UsageError for quantised models and for what cannot be left, UnsupportedModelError for families that cannot
     be cut so.
     """
-    from miaotui.compress.prune_cut import cut
-    from miaotui.compress.prune_sparse import make_sparse
-    from miaotui.compress.shelf import shelf_beside
-    from miaotui.compress.write_sparse import write_sparse
+    from miaotui.compress.pruning.cut import cut
+    from miaotui.compress.pruning.shelf import shelf_beside
+    from miaotui.compress.pruning.sparse import make_sparse
+    from miaotui.compress.writing.sparse import write_sparse
 
     started = time.monotonic()
     opened = dense.open_dense(model, "prune")

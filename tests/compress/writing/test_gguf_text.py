@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from miaotui.compress.gguf_config import Preview
-from miaotui.compress.gguf_text import check_tokenizer, pre_tokenizer_name, tokenizer_metadata
+from miaotui.compress.writing.gguf_config import Preview
+from miaotui.compress.writing.gguf_text import check_tokenizer, pre_tokenizer_name, tokenizer_metadata
 from miaotui.errors import CheckpointError, UnsupportedModelError
 from miaotui.model.chat import find_chat_templates
 from miaotui.model.gguf_pretokenizers import PRE_TOKENIZERS

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaotui.compress import texts
-from miaotui.compress.texts import Fault, Row, prose, row_of, rows
+from miaotui.compress.text import sources as texts
+from miaotui.compress.text.sources import Fault, Row, prose, row_of, rows
 from miaotui.errors import UsageError
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from miaotui.compress.augment import AUGMENTATIONS, augmented
-from miaotui.compress.packing import Ids, Packer, Write, head, own_text
 from miaotui.compress.recipe import Calibration
-from miaotui.compress.texts import Fault, Row, prose, prose_name, rows
+from miaotui.compress.text.augment import AUGMENTATIONS, augmented
+from miaotui.compress.text.packing import Ids, Packer, Write, head, own_text
+from miaotui.compress.text.sources import Fault, Row, prose, prose_name, rows
 from miaotui.errors import UsageError
 from miaotui.model.chat import ChatTemplate
 from miaotui.model.tokenizer import Tokenizer

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from miaotui.compress import dense, narrow
-from miaotui.compress.importance import Importance
 from miaotui.compress.layers import read_layer, read_matrix
 from miaotui.compress.methods import structured
-from miaotui.compress.narrow import Kept, Sizes
 from miaotui.compress.places import Model
 from miaotui.compress.precision import products
-from miaotui.compress.prune import MULTIPLE, Cut, Pruned, PruneSettings, Tell, count_of
-from miaotui.compress.prune_sparse import half
-from miaotui.compress.prune_statistics import Calibrated, calibrated
-from miaotui.compress.removal import run_without
-from miaotui.compress.shelf import Shelf
+from miaotui.compress.pruning import narrow
+from miaotui.compress.pruning.importance import Importance
+from miaotui.compress.pruning.known import Calibrated, calibrated
+from miaotui.compress.pruning.narrow import Kept, Sizes
+from miaotui.compress.pruning.removal import run_without
+from miaotui.compress.pruning.run import MULTIPLE, Cut, Pruned, PruneSettings, Tell, count_of
+from miaotui.compress.pruning.shelf import Shelf
+from miaotui.compress.pruning.sparse import half
 from miaotui.compress.types import Layer, Place
+from miaotui.compress.writing import dense
 from miaotui.errors import UsageError
 
 KL_TOKENS = 2048

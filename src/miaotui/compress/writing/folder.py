@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
-from miaotui.compress.folder_config import Target, folder_config, target_of
 from miaotui.compress.places import NORMS, Model, all_places
 from miaotui.compress.types import Fp8Tensor, LinearScheme, Place, Solution
+from miaotui.compress.writing.folder_config import Target, folder_config, target_of
 from miaotui.model.chat import find_chat_templates
 from miaotui.model.spec import ModelSpec
 from miaotui.model.tokenizer import Tokenizer

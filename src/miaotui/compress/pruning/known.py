@@ -10,10 +10,10 @@ import torch
 
 from miaotui.checkpoint.demo import cache_folder
 from miaotui.compress.calibrate import Statistics, calibrate
-from miaotui.compress.data import CalibrationText, windows
 from miaotui.compress.places import Model
 from miaotui.compress.precision import resolved
 from miaotui.compress.recipe import Calibration, Precision
+from miaotui.compress.text.data import CalibrationText, windows
 from miaotui.model.chat import ChatTemplate, find_chat_templates
 from miaotui.model.tokenizer import Tokenizer
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.checkpoint.base import Checkpoint
-from miaotui.compress.gguf_config import copied_metadata
-from miaotui.compress.gguf_text import tokenizer_difference
 from miaotui.compress.places import NORMS, Model, all_places
 from miaotui.compress.specs import difference
 from miaotui.compress.types import KEPT, Fp8Tensor, Place, Solution
+from miaotui.compress.writing.gguf_config import copied_metadata
+from miaotui.compress.writing.gguf_text import tokenizer_difference
 from miaotui.errors import CheckpointError
 from miaotui.model.families import read_spec
 from miaotui.model.tokenizer import Tokenizer

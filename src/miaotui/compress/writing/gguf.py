@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.write import Blocked
 from miaotui.checkpoint.write import write_gguf as write_file
-from miaotui.compress.gguf_config import GGUFTarget, Preview, check_spec, gguf_target
-from miaotui.compress.gguf_text import check_tokenizer, tokenizer_metadata
 from miaotui.compress.places import NORMS, Model, all_places
 from miaotui.compress.recipe import GGUF_SCHEMES, scheme_name
 from miaotui.compress.types import KEPT, Fp8Tensor, KvScheme, LinearScheme, Place, Solution
+from miaotui.compress.writing.gguf_config import GGUFTarget, Preview, check_spec, gguf_target
+from miaotui.compress.writing.gguf_text import check_tokenizer, tokenizer_metadata
 from miaotui.errors import UsageError
 from miaotui.model.names import Names
 from miaotui.model.spec import ModelSpec

@@ -20,9 +20,9 @@ import transformers
 
 from miaotui.checkpoint import open_checkpoint
 from miaotui.compress.places import Model
-from miaotui.compress.prune import Cut, PruneReport, PruneSettings, count_of, prune
+from miaotui.compress.pruning.removal import run_without
+from miaotui.compress.pruning.run import Cut, PruneReport, PruneSettings, count_of, prune
 from miaotui.compress.recipe import Calibration
-from miaotui.compress.removal import run_without
 from miaotui.errors import UnsupportedModelError, UsageError
 from miaotui.model.families import read_spec
 from tests.compress import toy_folders as toys
@@ -135,7 +135,7 @@ def test_removals_cost_what_transformers_says(workplace: Path, tmp_path: Path) -
 
 
 def calibration_windows(folder: Path, workplace: Path) -> torch.Tensor:
-    from miaotui.compress.prune_statistics import calibrated
+    from miaotui.compress.pruning.known import calibrated
 
     checkpoint = open_checkpoint(folder)
     model = Model(checkpoint, *read_spec(checkpoint))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from miaotui.checkpoint.base import Checkpoint
-from miaotui.compress.gguf_config import Preview
+from miaotui.compress.writing.gguf_config import Preview
 from miaotui.errors import UnsupportedModelError
 from miaotui.model.chat import find_chat_templates
 from miaotui.model.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
