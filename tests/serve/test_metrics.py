@@ -259,7 +259,7 @@ def test_counters_are_the_engines() -> None:
     counts = [figures[f"spec_decode_num_{name}_total"] for name in ("drafts", "draft_tokens", "accepted_tokens")]
     assert counts == [5, 11, 7]
     assert [figures[f"spec_decode_num_accepted_tokens_per_pos_total {i}"] for i in range(3)] == [4, 3, 0]
-    assert (figures["iteration_tokens_total_count"], figures["iteration_tokens_total_sum"]) == (1, 90)
+    assert (figures["iteration_tokens_total_count"], figures["iteration_tokens_total_sum"]) == (9, 90)
 
 
 def test_latencies_count_from_arrival() -> None:
@@ -285,6 +285,18 @@ def test_an_aborted_request_has_no_latency() -> None:
     for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "inter_token_latency_seconds"):
         assert figures[f"{name}_count"] == 0
     assert figures["request_prompt_tokens_count"] == figures["request_generation_tokens_count"] == 0
+
+
+def test_tokens_that_come_at_once_share_the_time() -> None:
+    metrics, times = Metrics("m"), RequestMetrics(100.0, 100.5, 101.0)
+    metrics.observe(_stats(running=1, steps=1, step_tokens=3), [_output("a", 1, None, times)])
+    metrics._streams["a"].last -= 0.5
+    metrics.observe(_stats(running=1, steps=6, step_tokens=8), [_output("a", 5, None, times)])
+    figures = _read(metrics)
+    assert figures["inter_token_latency_seconds_count"] == 5
+    assert 0.5 <= figures["inter_token_latency_seconds_sum"] < 0.6
+    assert figures["iteration_tokens_total_bucket 1.0"] == 5
+    assert (figures["iteration_tokens_total_count"], figures["iteration_tokens_total_sum"]) == (6, 8)
 
 
 def test_streams_that_are_lost_are_forgotten() -> None:

@@ -106,7 +106,7 @@ class Metrics(Collector):
         self._first = Histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN)
         self._between = Histogram(
             "inter_token_latency_seconds",
-            "Between a request's tokens, or the steps that gave it several. Where it does not stream: the mean.",
+            "Between a request's tokens: the mean of those that came at once, as all do where it does not stream.",
             BETWEEN,
         )
         self._whole = Histogram("e2e_request_latency_seconds", "From arrival to the end of the answer.", REQUEST)
@@ -120,8 +120,9 @@ class Metrics(Collector):
     def observe(self, stats: EngineStats, outputs: Sequence[RequestOutput]) -> None:
         """Take in a step: the engine's state after it, and what requests got from it."""
         before, self._stats = self._stats, stats
-        if stats.steps > (before.steps if before is not None else 0):
-            self._step.observe(stats.step_tokens - (before.step_tokens if before is not None else 0))
+        steps = stats.steps - (before.steps if before is not None else 0)
+        if steps:  # several that ran on are alike
+            self._step.observe((stats.step_tokens - (before.step_tokens if before is not None else 0)) / steps, steps)
         now = time.monotonic()
         for output in outputs:
             if output.finished:
@@ -175,7 +176,7 @@ class Metrics(Collector):
             stream = self._streams[output.request_id] = _Stream(now)
             self._observe_first(output)
         else:
-            self._between.observe(now - stream.last)
+            self._observe_growth(stream, output, now)
             stream.last = now
         for choice in output.outputs:
             stream.tokens += len(choice.token_ids)
@@ -188,7 +189,7 @@ class Metrics(Collector):
             return
         end = times.finished_time if times.finished_time is not None else now
         if stream is not None:
-            self._between.observe(now - stream.last)
+            self._observe_growth(stream, output, now)
             tokens += stream.tokens
         else:
             self._observe_first(output)
@@ -203,6 +204,12 @@ class Metrics(Collector):
         times = output.metrics
         if times.first_token_time is not None:
             self._first.observe(times.first_token_time - times.arrival_time)
+
+    def _observe_growth(self, stream: _Stream, output: RequestOutput, now: float) -> None:
+        """Of what a stream got at once: the mean, once for each token of the continuation that grew most."""
+        grown = max((len(choice.token_ids) for choice in output.outputs), default=0)
+        if grown:
+            self._between.observe((now - stream.last) / grown, grown)
 
     def _observe_between(self, output: RequestOutput, end: float) -> None:
         """Of an answer that came at once: the mean, once for each token of its longest continuation but the first."""

@@ -189,6 +189,7 @@ class CpuExecutor:
 
     def run_on(self, step: Step, steps: int, ends: Sequence[int]) -> NDArray[np.int32]:
         chosen = np.empty((steps, len(step.context_len)), np.int32)
+        self._last = self._logits[:0]
         ran = self._program.run_on(
             step.tokens,
             step.positions,
