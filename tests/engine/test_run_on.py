@@ -137,14 +137,16 @@ def test_few_blocks_hold_it_to_single_steps() -> None:
         assert done[name].outputs[0].token_ids == naive_greedy([i] * 30, 34)
 
 
-@pytest.mark.parametrize("options", [{}, {"compute": "fp32"}, {"kv_cache_dtype": "int8"}, {"greedy_screen": False}])
-def test_the_native_program_runs_on_to_the_same_answers(demo_gguf: Path, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"compute": "fp32"}, {"kv_cache_dtype": "int8"}, {"greedy_screen": False}, {"device": "reference"}]
+)
+def test_backends_run_on_to_the_same_answers(demo_gguf: Path, options: dict[str, object]) -> None:
     """As step by step."""
     llm = LLM(str(demo_gguf), max_model_len=128, enable_prefix_caching=False, **options)  # type: ignore[arg-type]
     noted = calls(llm.engine)
     prompts = [list(range(5, 45)), [7, 8, 9], [100, 200]]
     for asked in (prompts[:1], prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=50)
+        params = SamplingParams(temperature=0.0, max_tokens=20)
 
         def tokens(asked: list[list[int]] = asked, params: SamplingParams = params) -> list[list[int]]:
             return [list(output.outputs[0].token_ids) for output in llm.generate(asked, params)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class ReferenceExecutor:
     ) -> None:
         self.shape = shape
         self.pool = None
-        self.runs_on = False
+        self.runs_on = True
         self.block_bytes = ops.cache.block_bytes
         kind = f"{ops.cache.spec.type} quantise={ops.quantise} half={ops.half} wide={ops.wide}"
         self.cache_format = f"reference {ops.device.type} {kind} torch {torch.__version__}"
@@ -83,7 +84,13 @@ class ReferenceExecutor:
         return logits
 
     def run_on(self, step: Step, steps: int, ends: Sequence[int]) -> NDArray[np.int32]:
-        raise NotImplementedError("steps are run one by one")
+        chosen: list[NDArray[np.int32]] = []
+        for _ in range(steps):
+            chosen.append(self.run(step).argmax(axis=1).astype(np.int32))
+            if np.isin(chosen[-1], ends).any():
+                break
+            step = replace(step, tokens=chosen[-1], positions=step.positions + 1, context_len=step.context_len + 1)
+        return np.stack(chosen)
 
     def likeliest(self, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int] | None:
         return None
