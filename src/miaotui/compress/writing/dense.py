@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.layouts import SPARSE, sparsity_format
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
 from miaotui.compress.places import Model
-from miaotui.compress.writing.folder import ASSETS
+from miaotui.compress.writing.folder import copy_assets
 from miaotui.errors import CheckpointError, UsageError
 from miaotui.model.families import read_spec
 from miaotui.model.shapes import shapes
@@ -96,17 +95,6 @@ def write_dense(folder: Path, tensors: Sequence[Written], config: Mapping[str, A
     write_sharded(folder, [Stored(tensor.name, STORED[tensor.type], tensor.shape) for tensor in tensors], load)
     write_json(folder / "config.json", config)
     copy_assets(source, folder)
-
-
-def copy_assets(source: Checkpoint, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence."""
-    for name in ASSETS:
-        asset = source.asset(name)
-        if asset is not None:
-            shutil.copyfile(asset, folder / name)
-    extra = source.path / "additional_chat_templates"
-    if extra.is_dir():
-        shutil.copytree(extra, folder / extra.name)
 
 
 def plain_config(source: Checkpoint, **changes: Any) -> dict[str, Any]:

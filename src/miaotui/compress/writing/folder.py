@@ -199,16 +199,21 @@ def _as_type(values: NDArray[np.float32], kind: ScaleType) -> NDArray[Any]:
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------------------
+def copy_assets(source: Checkpoint, folder: Path) -> None:
+    """Tokenizer, chat template, generation settings and licence."""
+    for name in ASSETS:
+        asset = source.asset(name)
+        if asset is not None:
+            shutil.copyfile(asset, folder / name)
+    extra = source.path / "additional_chat_templates"
+    if extra.is_dir():
+        shutil.copytree(extra, folder / extra.name)
+
+
 def write_assets(source: Checkpoint, spec: ModelSpec, folder: Path) -> None:
     """Tokenizer, chat template, generation settings and licence; made from the metadata where it was a GGUF file."""
     if source.format != "gguf":
-        for name in ASSETS:
-            asset = source.asset(name)
-            if asset is not None:
-                shutil.copyfile(asset, folder / name)
-        extra = source.path / "additional_chat_templates"
-        if extra.is_dir():
-            shutil.copytree(extra, folder / extra.name)
+        copy_assets(source, folder)
         return
     tokenizer = Tokenizer.from_checkpoint(source)
     (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from miaotui.checkpoint.base import Checkpoint
 from miaotui.checkpoint.layouts import SPARSE
 from miaotui.checkpoint.write import Stored, write_json, write_sharded
-from miaotui.compress.writing.dense import STORED, Written, as_type, copy_assets
+from miaotui.compress.writing.dense import STORED, Written, as_type
+from miaotui.compress.writing.folder import copy_assets
 from miaotui.quant.bitmask import Bitmask, to_bitmask
 
 FORMAT_VERSION = "0.12.2"
